@@ -1,0 +1,5 @@
+"""`python -m retour` is the `retour` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,445 @@
+"""The main job in three functions: `invert`, `reconstruct`, `edit`.
+
+An inversion is made once and can be edited many times; every function returns its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .captions import propose
+from .core.branches import Branch, Denoiser, Layout
+from .core.control import Control
+from .core.guidance import Guidance
+from .core.loop import Observer, walk
+from .core.model import Condition, Ledger, Model
+from .core.registry import Entry, entries, get
+from .core.state import Inversion
+from .editors.base import EditJob
+from .editors.blend import MaskBlend
+from .errors import RetourError, check_finite, check_range
+from .inverters.base import Job, Replay
+from .io import Placement, fit, read_image, save_image, to_image, to_tensor
+from .models.load import load
+from .record import describe_run
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ModelLike: TypeAlias = "Model | DiffusionPipeline | str"
+MAX_GUIDANCE = 100.0
+
+
+@dataclass
+class Result:
+    """What came back.
+
+    Attributes:
+        images: one picture per edit (or per input, for a reconstruction), at the model's size.
+        latents: their latents (R, C, h, w).
+        inversion: where they came from.
+        record: facts of the run: options, seeds, versions, NFE, seconds, peak memory.
+        source: the source branch's own latents at the end of the run, if it was carried.
+        placements: how each picture goes back to its original size.
+    """
+
+    images: list[Image.Image]
+    latents: Tensor
+    inversion: Inversion
+    record: dict[str, Any]
+    source: Tensor | None = None
+    placements: list[Placement] = field(default_factory=list)
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture."""
+        return self.images[0]
+
+    def original_size(self, index: int = 0) -> Image.Image:
+        """Picture `index` at the size of the input that it came from."""
+        return self.placements[index].restore(self.images[index])
+
+    def save(
+        self, path: str | PathLike[str], *, index: int = 0, keep_size: bool = False
+    ) -> None:
+        """Save one picture; a PNG carries the record."""
+        image = self.original_size(index) if keep_size else self.images[index]
+        save_image(image, path, self.record)
+
+
+def methods(task: str | None = None, **facts: Any) -> list[Entry]:
+    """All registered methods whose declared facts match, e.g. `methods(task="invert", exact=True)`."""
+    return entries(task, **facts)
+
+
+def cite(what: Result | Inversion | Entry | str) -> str:
+    """BibTeX of everything that made a result, or of a method by name."""
+    found = [what] if isinstance(what, Entry) else _methods_of(what)
+    keys = {e.paper: f"{e.name.replace('-', '')}{e.paper.year}" for e in found}
+    return "\n\n".join(paper.bibtex(key) for paper, key in keys.items())
+
+
+def _methods_of(what: Result | Inversion | str) -> list[Entry]:
+    if isinstance(what, str):
+        named = [e for e in entries() if e.name == what]
+        return named or [get("invert", what)]
+    if isinstance(what, Inversion):
+        return [get("invert", what.method)]
+    used = [get("invert", what.inversion.method)]
+    return used + ([get("edit", what.record["editor"])] if "editor" in what.record else [])
+
+
+# --- Inversion -------------------------------------------------------------------------------------
+
+
+def invert(
+    model: ModelLike,
+    image: Any,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    method: str = "direct",
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str = "",
+    seed: int = 0,
+    rule: Guidance | None = None,
+    controls: Sequence[Control] = (),
+    **options: Any,
+) -> Inversion:
+    """Take images back to the noise that this model would have made them from.
+
+    Args:
+        model: a loaded model, a name, a folder, a hub id or a diffusers pipeline.
+        image: a path, PIL image, array, or tensor (3, H, W); or a list of them (one batch).
+        prompt: what the image shows, one for all or one each; None asks the caption proposer.
+        method: a registered inverter.
+        steps: steps of the time grid; None takes the model's default.
+        guidance: guidance scale of the way back; None takes the model's default.
+        negative: negative prompt of the guidance.
+        seed: seed of all noise that the method draws.
+        rule: how guidance combines predictions; None is classifier-free guidance.
+        controls: further controls for the walk.
+        options: options of the method.
+
+    Returns:
+        The inversion, with its record.
+
+    Raises:
+        RetourError: for input that cannot be used, before any work.
+    """
+    model = as_model(model)
+    entry = get("invert", method)
+    inverter = entry.make(**options)
+    refuse_impossible(model, entry)
+    pictures, placements = _fit_all(model, image)
+    prompts, proposed = _prompts(prompt, pictures)
+    scale = _guidance(model, guidance)
+    ledger = Ledger()
+    height, width = placements[0].canvas[1], placements[0].canvas[0]
+    job = Job(
+        model=model,
+        latents=encode(model, pictures),
+        condition=model.embed(prompts, size=(height, width)),
+        negative=model.embed([negative] * len(prompts), size=(height, width)),
+        grid=model.grid(_steps(model, steps)),
+        guidance=scale,
+        generator=torch.Generator().manual_seed(seed),
+        rule=rule,
+        ledger=ledger,
+        controls=controls,
+    )
+    inversion = inverter.invert(job)
+    check_finite(inversion.noise, "the inverted latents", "use fewer steps or a smaller guidance")
+    asked = {
+        "inverter": method,
+        "inverter_options": inversion.options,
+        "prompts": list(prompts),
+        "prompts_proposed": proposed,
+        "negative": negative,
+        "steps": job.grid.steps,
+        "guidance": scale,
+        "seed": seed,
+        "cut": _cut(model, prompts),
+        "placements": [vars(p) for p in placements],
+    }
+    inversion.record = describe_run("invert", model, ledger, len(prompts), asked)
+    return inversion
+
+
+def as_model(model: ModelLike) -> Model:
+    """Load names, folders and pipelines; pass models through."""
+    return model if isinstance(model, Model) else load(model)
+
+
+def refuse_impossible(model: Model, *chosen: Entry) -> None:
+    """Refuse methods that this model, or each other, cannot serve, in one sentence."""
+    for entry in chosen:
+        missing = entry.needs - model.capabilities
+        if missing:
+            others = [e.name for e in entries(entry.task) if e.needs <= model.capabilities]
+            raise RetourError(
+                f"{entry.task} method {entry.name!r} needs {', '.join(sorted(missing))}, which model "
+                f"{model.name!r} does not offer: use {', '.join(others)}"
+            )
+    provided = frozenset().union(*(e.provides for e in chosen))
+    for entry in chosen:
+        if not entry.requires <= provided:
+            fitting = [e.name for e in entries("invert") if entry.requires <= e.provides]
+            raise RetourError(
+                f"editor {entry.name!r} does not go with inverter {chosen[0].name!r}: "
+                f"use one of {', '.join(fitting)}"
+            )
+
+
+def encode(model: Model, pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size -> float64 latents (B, C, h, w)."""
+    latents = model.encode(torch.stack([to_tensor(p) for p in pictures]))
+    check_finite(latents, "the encoded latents", "load the model in float32")
+    return latents
+
+
+def decode(model: Model, latents: Tensor) -> list[Image.Image]:
+    """Latents (B, C, h, w) -> pictures."""
+    check_finite(latents, "the edited latents", "use more steps or a smaller guidance")
+    return [to_image(image) for image in model.decode(latents)]
+
+
+def _fit_all(model: Model, image: Any) -> tuple[list[Image.Image], list[Placement]]:
+    sources = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not sources:
+        raise RetourError("there is no image to invert: pass at least one")
+    fitted = [fit(read_image(s), native=model.native, multiple=model.multiple) for s in sources]
+    sizes = sorted({p.canvas for _, p in fitted})
+    if len(sizes) > 1:
+        listed = ", ".join(f"{w} x {h}" for w, h in sizes)
+        raise RetourError(
+            f"the images of one batch must fit the model at one size, these need {listed}: "
+            "invert them in batches of equal aspect ratio"
+        )
+    return [picture for picture, _ in fitted], [placement for _, placement in fitted]
+
+
+def _prompts(
+    prompt: str | Sequence[str] | None, pictures: Sequence[Image.Image]
+) -> tuple[tuple[str, ...], bool]:
+    if prompt is None:
+        return tuple(propose(pictures)), True
+    given = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
+    if len(given) != len(pictures):
+        raise RetourError(f"{len(given)} prompts for {len(pictures)} images: give one or one each")
+    return tuple(given), False
+
+
+def _steps(model: Model, steps: int | None) -> int:
+    return model.default_steps if steps is None else steps
+
+
+def _guidance(model: Model, guidance: float | None) -> float:
+    if guidance is None:
+        return model.default_guidance
+    check_range("guidance", guidance, 0, MAX_GUIDANCE)
+    return float(guidance)
+
+
+def _cut(model: Model, prompts: Sequence[str]) -> dict[str, str]:
+    cuts = {p: model.tokens(p).cut for p in prompts}
+    return {p: cut for p, cut in cuts.items() if cut}
+
+
+# --- The way back ----------------------------------------------------------------------------------
+
+
+def reconstruct(inversion: Inversion, *, guidance: float | None = None) -> Result:
+    """Return along the source prompt: what the inversion's round trip gives.
+
+    Args:
+        inversion: from :func:`invert`, with its model attached.
+        guidance: guidance scale; None takes the one it was made for.
+    """
+    model = _model_of(inversion)
+    scale = inversion.guidance if guidance is None else _guidance(model, guidance)
+    replay = get("invert", inversion.method).make(**inversion.options).replay(inversion)
+    denoiser = Denoiser(model, [_branch("source", inversion.condition, inversion, scale)])
+    latents = _descend(replay, inversion, denoiser)
+    asked = {"inverter": inversion.method, "prompts": list(inversion.prompts), "guidance": scale}
+    record = describe_run("reconstruct", model, denoiser.ledger, inversion.images, asked)
+    return _result(model, latents, inversion, {**record, "inversion": inversion.record})
+
+
+def edit(
+    inversion: Inversion,
+    target: str | Sequence[str],
+    *,
+    editor: str = "p2p",
+    guidance: float | None = None,
+    mask: Any = None,
+    rule: Guidance | None = None,
+    observers: Sequence[Observer] = (),
+    **options: Any,
+) -> Result:
+    """Return from an inversion with an edit.
+
+    Args:
+        inversion: from :func:`invert`, with its model attached.
+        target: one prompt for all images; or, for a batch, one each; or several for a single image
+            (one result each, all in one batch).
+        editor: a registered editor.
+        guidance: guidance scale; None takes the one the inversion was made for.
+        mask: where editing is allowed (white, 1): a path, PIL image or array of the input's size.
+            Outside of it the source comes back.
+        rule: how guidance combines predictions; None is classifier-free guidance.
+        observers: callables that see each step (previews, monitors).
+        options: options of the editor.
+
+    Raises:
+        RetourError: for input that cannot be used, before any work.
+    """
+    model = _model_of(inversion)
+    entry, method = get("edit", editor), get("invert", inversion.method)
+    plan = entry.make(**options)
+    refuse_impossible(model, method, entry)
+    targets = _targets(target, inversion)
+    scale = inversion.guidance if guidance is None else _guidance(model, guidance)
+    denoiser = _edit_denoiser(model, inversion, targets, scale, plan.source_branch, rule)
+    job = EditJob(
+        model, inversion, denoiser.layout, targets, inversion.grid, _mask(mask, inversion)
+    )
+    controls = [plan.control(job)]
+    if job.mask is not None and editor != "mask-blend":
+        controls.append(MaskBlend(job))
+    replay = method.make(**inversion.options).replay(inversion)
+    latents = _descend(replay, inversion, denoiser, controls, observers)
+    prompts = [p for ps in targets.values() for p in ps]
+    asked = {
+        "inverter": inversion.method,
+        "inverter_options": inversion.options,
+        "editor": editor,
+        "editor_options": vars(plan.options) if hasattr(plan, "options") else {},
+        "prompts": list(inversion.prompts),
+        "targets": prompts,
+        "guidance": scale,
+        "masked": mask is not None,
+        "cut": _cut(model, prompts),
+    }
+    record = describe_run("edit", model, denoiser.ledger, inversion.images, asked)
+    record = {**record, "inversion": inversion.record}
+    record["nfe_edit"] = record["nfe"]
+    record["nfe"] = record["nfe_edit"] + inversion.record.get("nfe", 0.0)
+    return _edit_result(model, latents, inversion, denoiser.layout, record)
+
+
+def _model_of(inversion: Inversion) -> Model:
+    if inversion.model is None:
+        raise RetourError(
+            f"this inversion has no model attached: load {inversion.model_name!r} and pass it to "
+            "Inversion.load(path, model)"
+        )
+    return inversion.model
+
+
+def _branch(name: str, condition: Condition, inversion: Inversion, scale: float) -> Branch:
+    return Branch(name, condition, inversion.negative, scale)
+
+
+def _targets(target: str | Sequence[str], inversion: Inversion) -> dict[str, tuple[str, ...]]:
+    images = inversion.images
+    given = [target] if isinstance(target, str) else list(target)
+    if not given or not all(isinstance(t, str) for t in given):
+        raise RetourError(f"target must be a prompt or a list of prompts, got {target!r}")
+    if not all(t.strip() for t in given):
+        raise RetourError(f"a target prompt is empty: say what the edit shall show, got {given!r}")
+    if len(given) == 1:
+        return {"target": tuple(given * images)}
+    if images == 1:
+        return {f"target{k}": (prompt,) for k, prompt in enumerate(given)}
+    if len(given) == images:
+        return {"target": tuple(given)}
+    raise RetourError(
+        f"{len(given)} target prompts for {images} images: give one, or one for each image"
+    )
+
+
+def _edit_denoiser(
+    model: Model,
+    inversion: Inversion,
+    targets: dict[str, tuple[str, ...]],
+    scale: float,
+    source: bool,
+    rule: Guidance | None,
+) -> Denoiser:
+    branches = [_branch("source", inversion.condition, inversion, scale)] if source else []
+    size = _size(model, inversion)
+    for name, prompts in targets.items():
+        branches.append(_branch(name, model.embed(prompts, size=size), inversion, scale))
+    return Denoiser(model, branches, guidance=rule)
+
+
+def _size(model: Model, inversion: Inversion) -> tuple[int, int] | None:
+    placements = inversion.record.get("placements")
+    return (placements[0]["canvas"][1], placements[0]["canvas"][0]) if placements else None
+
+
+def _mask(mask: Any, inversion: Inversion) -> Tensor | None:
+    if mask is None:
+        return None
+    height, width = inversion.latents.shape[-2:]
+    picture = read_image(mask).convert("L").resize((width, height), Image.Resampling.BOX)
+    values = to_tensor(picture.convert("RGB"))[:1].double() / 2 + 0.5
+    if float(values.max()) == 0:
+        raise RetourError("the mask is black everywhere: paint white where the edit may act")
+    return values.expand(inversion.images, 1, -1, -1)
+
+
+def _descend(
+    replay: Replay,
+    inversion: Inversion,
+    denoiser: Denoiser,
+    controls: Sequence[Control] = (),
+    observers: Sequence[Observer] = (),
+) -> Tensor:
+    device = denoiser.model.device
+    state = replay.state.map(lambda v: v.to(device)).tile(len(denoiser.branches))
+    end = walk(
+        replay.solver,
+        denoiser,
+        state,
+        inversion.grid,
+        down=True,
+        controls=[replay.control, *controls],
+        observers=observers,
+        label="return",
+    )
+    return end.x
+
+
+def _placements(inversion: Inversion) -> list[Placement]:
+    return [
+        Placement(**{k: tuple(v) for k, v in p.items()})
+        for p in inversion.record.get("placements", [])
+    ]
+
+
+def _result(
+    model: Model, latents: Tensor, inversion: Inversion, record: dict[str, Any]
+) -> Result:
+    return Result(
+        decode(model, latents), latents, inversion, record, placements=_placements(inversion)
+    )
+
+
+def _edit_result(
+    model: Model, latents: Tensor, inversion: Inversion, layout: Layout, record: dict[str, Any]
+) -> Result:
+    edited = torch.cat([latents[layout[name]] for name in layout.targets()])
+    source = latents[layout["source"]] if "source" in layout.names else None
+    result = _result(model, edited, inversion, record)
+    result.source = source
+    result.placements *= len(layout.targets())
+    return result

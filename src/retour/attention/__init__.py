@@ -1,0 +1,1 @@
+"""Attention hooks and controls."""

@@ -1,0 +1,414 @@
+r"""Attention hooks: the only place in retour that touches attention processors.
+
+A hooked layer runs *its own* processor, whatever that is, and only the attention proper,
+
+.. math:: O = \operatorname{softmax}(s\,Q K^\top + m)\,V,
+
+is taken out of its hands: PyTorch's override protocol (`TorchFunctionMode`) hands us the call to
+`scaled_dot_product_attention` together with its final Q, K, V, scale and mask. Projections, norms,
+rotary embeddings, masks, residuals, the split of joint sequences, LoRA and adapters stay the
+processor's business. So one hook serves UNet `Attention`, SD3 and FLUX alike, and a hooked network
+with nothing to do equals the bare one bit for bit.
+
+While a network call is in progress each control sees, in this order, `qkv`, `logits`, `probs` and
+`output`; several controls fold in the order given, outer `hooked` contexts before inner ones. The
+probabilities are computed explicitly (in float32 at least, autocast off) only where a control
+overrides `logits` or `probs` and is `active`; elsewhere the fused kernel runs.
+
+Only calls made through the hooked denoiser are controlled: an auxiliary call on the same network
+(another denoiser's, a batch of other rows) passes untouched. A processor that attends more than
+once (IP-Adapter) is controlled on its first attention, the text's.
+
+Under `torch.compile` a hooked layer is a graph break and runs eagerly; the rest stays compiled. No
+counter exists anywhere: the step comes from the loop, time and rows from the call in progress.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..core.branches import Denoiser, Rows
+from ..core.grid import Step
+from ..core.model import AttentionSite, Condition, Model
+from ..errors import RetourError
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention being computed.
+
+    Attributes:
+        site: the layer.
+        step: the interval being crossed; None outside of :func:`retour.core.loop.walk`.
+        t: path time of the network call.
+        rows: names of the R batch rows.
+        image: the image tokens on the query axis; on the key axis too unless the site is ``cross``.
+        text: the text tokens on the key axis; on the query axis too if the site is ``joint``;
+            None if it is ``self``.
+        latent: (height, width) of the latents given to the network.
+        heads: number of heads.
+    """
+
+    site: AttentionSite
+    step: Step | None
+    t: float
+    rows: Rows
+    image: slice
+    text: slice | None
+    latent: tuple[int, int]
+    heads: int
+
+    @property
+    def pixels(self) -> int:
+        """Number of image tokens."""
+        return int(self.image.stop - self.image.start)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the image tokens: h w of them, in the proportions of the latents."""
+        return token_grid(self.pixels, *self.latent)
+
+    @property
+    def factor(self) -> int:
+        """How much coarser this attention is than the latents, per edge: 2 is 32 of 64."""
+        return round(math.sqrt(math.prod(self.latent) / self.pixels))
+
+    def within(self, largest: float) -> bool:
+        """Whether its edge is at most the fraction `largest` of the latents' edge.
+
+        A transformer works at one resolution only, set by its patches: it is always within.
+        """
+        return self.site.place == "block" or self.factor * largest >= 1
+
+    def image_to_text(self, maps: Tensor) -> Tensor:
+        """Block of (..., queries, keys) maps in which image tokens look at text tokens."""
+        if self.text is None:
+            raise RetourError(f"attention layer {self.site.name!r} has no text tokens")
+        return maps[..., self.image, self.text]
+
+    def image_to_image(self, maps: Tensor) -> Tensor:
+        """Block of (..., queries, keys) maps in which image tokens look at image tokens."""
+        return maps[..., self.image, self.image]
+
+    def with_block(self, maps: Tensor, block: Tensor, keys: slice) -> Tensor:
+        """Return `maps` with the block (image queries, `keys`) replaced; out of place."""
+        strip = maps[..., self.image, :]
+        strip = torch.slice_scatter(strip, block, -1, keys.start, keys.stop)
+        return torch.slice_scatter(maps, strip, -2, self.image.start, self.image.stop)
+
+
+@lru_cache(maxsize=256)
+def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Factor `tokens` into (h, w) with a ratio as near as possible to `height : width`.
+
+    Raises:
+        RetourError: no factorisation comes within a factor 1.5 of that ratio.
+    """
+
+    def error(h: int) -> float:
+        return abs(math.log(h / (tokens // h)) - math.log(height / width))
+
+    h = min((k for k in range(1, tokens + 1) if tokens % k == 0), key=error)
+    if error(h) > math.log(1.5):
+        raise RetourError(f"{tokens} image tokens fit no grid shaped like {height} x {width}")
+    return h, tokens // h
+
+
+class AttentionControl:
+    """Base of everything that reads or changes attention. Each method is a no-op by default.
+
+    Tensors are returned, never edited in place, so that gradients flow through.
+    """
+
+    def wants(self, site: AttentionSite) -> bool:
+        """Whether to hook that layer at all; asked once, before the run."""
+        return True
+
+    def active(self, call: AttentionCall) -> bool:
+        """Whether to take part in this call; where nobody does, the bare attention runs."""
+        return True
+
+    def qkv(
+        self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (R, heads, tokens, d) each."""
+        return q, k, v
+
+    def logits(self, call: AttentionCall, logits: Tensor) -> Tensor:
+        """Scaled and masked scores (R, heads, queries, keys), float32 at least."""
+        return logits
+
+    def probs(self, call: AttentionCall, probs: Tensor) -> Tensor:
+        """Attention probabilities (R, heads, queries, keys), float32 at least."""
+        return probs
+
+    def output(self, call: AttentionCall, out: Tensor) -> Tensor:
+        """Attention output before the layer's out-projection, (R, heads, queries, d)."""
+        return out
+
+
+def _needs_maps(control: AttentionControl) -> bool:
+    base, cls = AttentionControl, type(control)
+    return cls.logits is not base.logits or cls.probs is not base.probs
+
+
+@dataclass(frozen=True)
+class _NetworkCall:
+    """A network call in progress."""
+
+    t: float
+    rows: Rows
+    latent: tuple[int, int]
+    text: int
+
+
+class Hooks:
+    """Handle of a :func:`hooked` context.
+
+    Attributes:
+        step: the interval being crossed, kept up to date by the loop.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+        self.step: Step | None = None
+        self._current: _NetworkCall | None = None
+
+    @contextmanager
+    def during(self, x: Tensor, t: Tensor, condition: Condition) -> Iterator[None]:
+        """Describe the network call that runs inside, if its rows are the denoiser's."""
+        rows, before = self.denoiser.rows, self._current
+        height, width = x.shape[-2:]
+        call = _NetworkCall(float(t.flatten()[0]), rows, (height, width), _text_tokens(condition))
+        self._current = call if len(rows) == len(x) else None
+        try:
+            yield
+        finally:
+            self._current = before
+
+    def describe(
+        self, site: AttentionSite, q: Tensor, k: Tensor, text: int
+    ) -> AttentionCall | None:
+        """Describe an attention with `text` text tokens (0: unknown); None outside of a call."""
+        call = self._current
+        if call is None or len(call.rows) != len(q):
+            return None
+        image, words = _token_slices(site, q.shape[-2], k.shape[-2], text if text else call.text)
+        return AttentionCall(
+            site, self.step, call.t, call.rows, image, words, call.latent, q.shape[1]
+        )
+
+
+def _text_tokens(condition: Condition) -> int:
+    embeds = condition.tensors.get("embeds")
+    return 0 if embeds is None else embeds.shape[1]
+
+
+# Modules, or their processors, that put the text before the image in a joint sequence. Names are
+# prefixes of class names of diffusers; everything else joins image first, as SD3 does.
+_TEXT_FIRST = ("Flux", "AuraFlow", "CogVideoX", "Qwen", "Chroma", "Bria")
+
+
+def _text_first(module: nn.Module) -> bool:
+    names = (type(module).__name__, type(_bare(module.processor)).__name__)
+    return any(name.startswith(_TEXT_FIRST) for name in names)
+
+
+def _token_slices(
+    site: AttentionSite, queries: int, keys: int, text: int
+) -> tuple[slice, slice | None]:
+    if site.kind == "self":
+        return slice(0, queries), None
+    if site.kind == "cross":
+        return slice(0, queries), slice(0, keys)
+    if _text_first(site.module):
+        return slice(text, queries), slice(0, text)
+    return slice(0, queries - text), slice(queries - text, queries)
+
+
+class _Tap:
+    """The model of a hooked denoiser: tells the hooks which network call is in progress."""
+
+    def __init__(self, model: Model, hooks: Hooks):
+        self._model = model
+        self._hooks = hooks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def network(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """As the model's, watched."""
+        with self._hooks.during(x, t, condition):
+            return self._model.network(x, t, condition)
+
+
+Active = list[tuple[AttentionControl, AttentionCall]]
+
+
+class _Processor:
+    """Stands in for a layer's processor: runs it, with the attention proper in our hands."""
+
+    def __init__(
+        self,
+        site: AttentionSite,
+        original: Any,
+        parties: tuple[tuple[Hooks, tuple[AttentionControl, ...]], ...],
+    ):
+        self.site, self.original, self.parties = site, original, parties
+        self.runner = _with_fused_kernel(original)
+        # diffusers passes only those keywords that the signature of `processor.__call__` names.
+        vars(self)["__call__"] = self.runner.__call__
+
+    @torch.compiler.disable
+    def __call__(self, attn: nn.Module, hidden: Tensor, *args: Any, **kw: Any) -> Any:
+        encoder = kw.get("encoder_hidden_states", args[0] if args else None)
+        watch = _Watch(self, attn, 0 if encoder is None else encoder.shape[1])
+        with watch:
+            result = self.runner(attn, hidden, *args, **kw)
+        if not watch.seen:
+            raise RetourError(
+                f"attention layer {self.site.name!r} uses {type(self.original).__name__}, which "
+                "does not attend through scaled_dot_product_attention: give the model its default "
+                "attention processors and backend"
+            )
+        return result
+
+    def active(self, q: Tensor, k: Tensor, text: int) -> Active:
+        """Controls that take part in this call, each with its description of it."""
+        found: Active = []
+        for hooks, controls in self.parties:
+            call = hooks.describe(self.site, q, k, text)
+            if call is not None:
+                found += [(c, call) for c in controls if c.active(call)]
+        return found
+
+
+def _bare(processor: Any) -> Any:
+    return processor.original if isinstance(processor, _Processor) else processor
+
+
+def _with_fused_kernel(processor: Any) -> Any:
+    """Return the processor, or its twin on the fused kernel: same maths, different memory use."""
+    from diffusers.models import attention_processor as known
+
+    twins = {
+        known.AttnProcessor: known.AttnProcessor2_0,
+        known.SlicedAttnProcessor: known.AttnProcessor2_0,
+        known.XFormersAttnProcessor: known.AttnProcessor2_0,
+        known.XFormersJointAttnProcessor: known.JointAttnProcessor2_0,
+    }
+    twin = twins.get(type(processor))
+    return processor if twin is None else twin()
+
+
+class _Watch(TorchFunctionMode):
+    """Hands the first attention computed inside to the controls."""
+
+    def __init__(self, processor: _Processor, layer: Any, text: int):
+        super().__init__()
+        self.processor, self.text, self.seen = processor, text, False
+        twin = processor.runner is not processor.original
+        # A processor of the old kind scales by what its layer says; its twin takes the default.
+        self.forced = {"scale": layer.scale} if twin else {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if func is not F.scaled_dot_product_attention or self.seen:
+            return func(*args, **kwargs)
+        self.seen = True
+        return self._attend(*args, **kwargs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:
+        names = ("attn_mask", "dropout_p", "is_causal")
+        settings = dict(zip(names, args, strict=False)) | kw | self.forced
+        active = self.processor.active(query, key, self.text)
+        for control, call in active:
+            query, key, value = control.qkv(call, query, key, value)
+        if any(_needs_maps(control) for control, _ in active):
+            with torch.autocast(query.device.type, enabled=False):
+                out = _explicit(active, query, key, value, **settings)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, **settings)
+        for control, call in active:
+            out = control.output(call, out)
+        return out
+
+
+def _explicit(
+    active: Active,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention with its maps in sight: what the fused kernel computes, in float32 at least."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
+    if is_causal:
+        attn_mask = torch.ones_like(logits[0, 0], dtype=torch.bool).tril()
+    if attn_mask is not None:
+        logits = _masked(logits, attn_mask)
+    for control, call in active:
+        logits = control.logits(call, logits)
+    probs = logits.softmax(-1)
+    for control, call in active:
+        probs = control.probs(call, probs)
+    if dropout_p:
+        probs = F.dropout(probs, dropout_p)
+    return (probs @ v.to(wide)).to(v.dtype)
+
+
+def _masked(logits: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, -torch.inf)
+    return logits + mask.to(logits.dtype)
+
+
+@contextmanager
+def hooked(denoiser: Denoiser, controls: Sequence[AttentionControl]) -> Iterator[Hooks]:
+    """Let `controls` take part in every attention of the denoiser's network calls.
+
+    Layers that no control wants are left alone. On leaving, also by an exception, every layer gets
+    back the very processor object it had. Contexts nest; the outer one's controls go first.
+
+    Yields:
+        The hooks, whose attribute `step` the loop keeps up to date.
+    """
+    hooks, model = Hooks(denoiser), denoiser.model
+    with ExitStack() as undo:
+        for site in model.attention_sites():
+            chosen = tuple(c for c in controls if c.wants(site))
+            if chosen:
+                _install(site, hooks, chosen, undo)
+        denoiser.model = cast(Model, _Tap(model, hooks))
+        undo.callback(setattr, denoiser, "model", model)
+        yield hooks
+
+
+def _install(
+    site: AttentionSite, hooks: Hooks, controls: tuple[AttentionControl, ...], undo: ExitStack
+) -> None:
+    module: Any = site.module
+    current = module.processor
+    outer = current.parties if isinstance(current, _Processor) else ()
+    undo.callback(module.set_processor, current)
+    module.set_processor(_Processor(site, _bare(current), (*outer, (hooks, controls))))

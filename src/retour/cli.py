@@ -1,0 +1,346 @@
+"""The command line. Heavy modules are imported inside the commands, so that help comes at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import RetourError
+from .io import WRITABLE, check_writable, plain, read_picture
+
+if TYPE_CHECKING:
+    from .core.model import Model
+    from .core.registry import Entry
+    from .core.state import Inversion
+
+app = typer.Typer(
+    help="Take anything back through a generative model, and return with an edit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DEFAULT_MODEL = "emoji-unet"
+INVERSION_SUFFIX = ".safetensors"
+
+ImageArg = Annotated[
+    Path, typer.Argument(metavar="IMAGE", help="A picture, or an inversion file.", show_default=False)
+]
+SourceOpt = Annotated[
+    str | None, typer.Option("--source", help="What the picture shows; left out: a guess is made.")
+]
+ModelOpt = Annotated[
+    str | None,
+    typer.Option("--model", help="Embedded name, folder or hub id.", show_default=DEFAULT_MODEL),
+]
+InverterOpt = Annotated[str, typer.Option("--inverter", help="See `retour methods --task invert`.")]
+EditorOpt = Annotated[str, typer.Option("--editor", help="See `retour methods --task edit`.")]
+StepsOpt = Annotated[int | None, typer.Option("--steps", help="Steps.", show_default="the model's")]
+GuidanceOpt = Annotated[
+    float | None, typer.Option("--guidance", help="Guidance scale.", show_default="the model's")
+]
+NegativeOpt = Annotated[str, typer.Option("--negative", help="Negative prompt.")]
+SeedOpt = Annotated[int, typer.Option("--seed", help="Seed of all noise.")]
+DeviceOpt = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
+DtypeOpt = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+InvertOptions = Annotated[
+    list[str] | None, typer.Option("-I", metavar="KEY=VALUE", help="Option of the inverter.")
+]
+EditOptions = Annotated[
+    list[str] | None, typer.Option("-E", metavar="KEY=VALUE", help="Option of the editor.")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
+KeepOpt = Annotated[bool, typer.Option("--keep-size", help="Write at the input's own size.")]
+TaskOpt = Annotated[str | None, typer.Option("--task", help="solver, invert or edit.")]
+
+
+@app.command()
+def edit(
+    image: ImageArg,
+    target: Annotated[list[str], typer.Option("--target", help="What it shall show; repeatable.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The edited picture.")],
+    source: SourceOpt = None,
+    inverter: InverterOpt = "direct",
+    editor: EditorOpt = "p2p",
+    model: ModelOpt = None,
+    steps: StepsOpt = None,
+    guidance: GuidanceOpt = None,
+    negative: NegativeOpt = "",
+    mask: Annotated[Path | None, typer.Option(help="White where the edit may act.")] = None,
+    seed: SeedOpt = 0,
+    keep_size: KeepOpt = False,
+    invert_options: InvertOptions = None,
+    edit_options: EditOptions = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Edit a picture: invert it, and return with another prompt."""
+    outs = _outputs(out, len(target))
+    from . import api
+
+    if mask is not None:
+        read_picture(mask)
+    _check_method("edit", editor, edit_options)
+    inversion = _inversion(
+        image, source, model, device, dtype, invert_options, inverter,
+        steps=steps, guidance=guidance, negative=negative, seed=seed,
+    )  # fmt: skip
+    result = api.edit(
+        inversion,
+        target,
+        editor=editor,
+        guidance=guidance,
+        mask=mask,
+        **_pairs(edit_options),
+    )
+    for index, path in enumerate(outs):
+        result.save(path, index=index, keep_size=keep_size)
+    _report(result.record, outs, as_json)
+
+
+@app.command()
+def invert(
+    image: ImageArg,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The inversion, a .safetensors file.")],
+    source: SourceOpt = None,
+    inverter: InverterOpt = "direct",
+    model: ModelOpt = None,
+    steps: StepsOpt = None,
+    guidance: GuidanceOpt = None,
+    negative: NegativeOpt = "",
+    seed: SeedOpt = 0,
+    invert_options: InvertOptions = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Take a picture back to noise and keep the inversion for any number of edits."""
+    check_writable(out, [INVERSION_SUFFIX])
+    inversion = _inversion(
+        image, source, model, device, dtype, invert_options, inverter,
+        steps=steps, guidance=guidance, negative=negative, seed=seed,
+    )  # fmt: skip
+    inversion.save(out)
+    _report(inversion.record, [out], as_json)
+
+
+@app.command()
+def reconstruct(
+    image: ImageArg,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The reconstructed picture.")],
+    source: SourceOpt = None,
+    inverter: InverterOpt = "direct",
+    model: ModelOpt = None,
+    steps: StepsOpt = None,
+    guidance: GuidanceOpt = None,
+    negative: NegativeOpt = "",
+    seed: SeedOpt = 0,
+    keep_size: KeepOpt = False,
+    invert_options: InvertOptions = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Invert a picture and return along the same prompt: what the round trip gives."""
+    check_writable(out, WRITABLE)
+    from . import api
+
+    inversion = _inversion(
+        image, source, model, device, dtype, invert_options, inverter,
+        steps=steps, guidance=guidance, negative=negative, seed=seed,
+    )  # fmt: skip
+    result = api.reconstruct(inversion, guidance=guidance)
+    result.save(out, keep_size=keep_size)
+    _report(result.record, [out], as_json)
+
+
+@app.command()
+def methods(
+    task: TaskOpt = None,
+    exact: Annotated[bool | None, typer.Option(help="Only (in)exact ones.")] = None,
+    order: Annotated[int | None, typer.Option(help="Only of this order.")] = None,
+    needs: Annotated[str | None, typer.Option(help="Only those that need this capability.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """List the methods and their declared facts."""
+    from .core.registry import entries
+
+    facts = {"exact": exact, "order": order, "needs": needs}
+    found = entries(task, **{k: v for k, v in facts.items() if v is not None})
+    if as_json:
+        _print_json([entry.describe() for entry in found])
+    else:
+        _print_table(("task", "name", "order", "exact", "NFE", "what it does"), map(_row, found))
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    order = "" if entry.order is None else str(entry.order)
+    exact = "yes" if entry.exact else ""
+    return entry.task, entry.name, order, exact, entry.nfe, entry.summary
+
+
+@app.command()
+def models(as_json: JsonOpt = False) -> None:
+    """List the embedded models."""
+    from .models.load import embedded
+
+    found = embedded()
+    if as_json:
+        _print_json(found)
+    else:
+        rows = [(name, str(facts.get("summary", ""))) for name, facts in found.items()]
+        _print_table(("name", "what it is"), rows)
+
+
+@app.command()
+def cite(name: Annotated[str, typer.Argument(help="Name of a method.")]) -> None:
+    """Print the BibTeX of a method."""
+    from .api import cite as bibtex
+
+    typer.echo(bibtex(name))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.")] = Path(
+        "retour-demo"
+    ),
+    full: Annotated[bool, typer.Option("--full", help="The whole gallery of the README.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Run the main job on the embedded models and write a contact sheet."""
+    from .demo import run
+
+    record = run(out, full=full)
+    _report(record, [Path(record["sheet"])], as_json)
+
+
+# --- Helpers ---------------------------------------------------------------------------------------
+
+
+def _outputs(out: Path, count: int) -> list[Path]:
+    """`out` itself, or `out-1`, `out-2`, ... for several targets; all checked before any work."""
+    many = [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(count)]
+    paths = [out] if count == 1 else many
+    for path in paths:
+        check_writable(path, WRITABLE)
+    return paths
+
+
+def _pairs(options: Sequence[str] | None) -> dict[str, str]:
+    pairs = {}
+    for option in [] if options is None else options:
+        key, sign, value = option.partition("=")
+        if not sign or not key:
+            raise RetourError(f"method options are written KEY=VALUE, got {option!r}")
+        pairs[key.replace("-", "_")] = value
+    return pairs
+
+
+def _check_method(task: str, name: str, options: Sequence[str] | None) -> None:
+    """Refuse an unknown method or option before any model is loaded."""
+    from .core.registry import get
+
+    get(task, name).make(**_pairs(options))
+
+
+def _load(name: str, device: str | None, dtype: str | None) -> Model:
+    from .models.load import load
+
+    return load(name, device=device, dtype=dtype)
+
+
+def _inversion(
+    image: Path,
+    source: str | None,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    options: Sequence[str] | None,
+    method: str,
+    **settings: Any,
+) -> Inversion:
+    """Read an inversion file, or invert a picture."""
+    from . import api
+    from .core.state import Inversion
+
+    if image.suffix == INVERSION_SUFFIX:
+        stored = Inversion.load(image)
+        name = stored.model_name if model is None else model
+        stored.attach(_load(name, device, dtype), source=repr(str(image)))
+        return stored
+    if source is not None and not source.strip():
+        raise RetourError("the source prompt is empty: say what the picture shows, or leave it out")
+    _check_method("invert", method, options)
+    picture = read_picture(image)
+    loaded = _load(DEFAULT_MODEL if model is None else model, device, dtype)
+    inversion = api.invert(
+        loaded, picture.image, source, method=method, **settings, **_pairs(options)
+    )
+    if source is None:
+        _say(f"source prompt (guessed): {inversion.prompts[0]!r}")
+    return inversion
+
+
+def _report(record: dict[str, Any], outs: Sequence[Path], as_json: bool) -> None:
+    for prompt, cut in record.get("cut", {}).items():
+        _say(f"the text encoder's limit cut {cut!r} off {prompt!r}")
+    if as_json:
+        _print_json(plain({**record, "outputs": [str(path) for path in outs]}))
+        return
+    names = ", ".join(str(path) for path in outs)
+    typer.echo(f"wrote {names} ({record['nfe']:.0f} network evaluations, {record['seconds']:.1f} s)")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_table(head: Sequence[str], rows: Any) -> None:
+    table = [tuple(head), *rows]
+    widths = [max(len(row[k]) for row in table) for k in range(len(head))]
+    for row in table:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo(line.rstrip())
+
+
+class Stopped(BaseException):
+    """Ctrl-C. The command-line library would turn a KeyboardInterrupt into "Aborted!" and code 1."""
+
+
+def _stop(*_: object) -> None:
+    raise Stopped
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command; return 0, 2 for bad input (said in one sentence), or 130 for Ctrl-C."""
+    before = signal.signal(signal.SIGINT, _stop)
+    try:
+        app(list(arguments), prog_name="retour")
+    except RetourError as error:
+        _say(f"retour: {error}")
+        return error.exit_code
+    except Stopped:
+        _say("retour: stopped; nothing was left half-written")
+        return 130
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return 0
+
+
+def main() -> None:
+    """Entry point of the `retour` command."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The small shared core: paths, grids, state, guidance, loop, registry."""

@@ -1,0 +1,164 @@
+"""Branches: an editing run is one batch with named rows.
+
+The *state* of a run stacks branches (``source``, ``target``, ...), each of B images. One network call
+stacks the *rows* that those branches need: an unconditional row where a branch is guided, and a
+conditional one. Controls address rows by name, never by index arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .guidance import CFG, Guidance
+from .model import Condition, Ledger, Model, evaluate
+from .path import Prediction
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One trajectory of a run, for B images.
+
+    Attributes:
+        name: how controls call it.
+        condition: B prompts.
+        uncond: B negative (or empty) prompts; not needed at scale 1.
+        scale: guidance scale.
+    """
+
+    name: str
+    condition: Condition
+    uncond: Condition | None = None
+    scale: float = 1.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether it needs an unconditional row."""
+        return self.uncond is not None and self.scale != 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """Name of one row of a network call."""
+
+    branch: str
+    half: str
+    image: int
+
+
+class Rows(tuple[Row, ...]):
+    """The names of all rows of one network call, in batch order."""
+
+    def where(self, branch: str | None = None, half: str | None = None) -> Tensor:
+        """Indices (long) of the rows of that branch and half (``cond`` or ``uncond``)."""
+        return torch.tensor(
+            [
+                i
+                for i, row in enumerate(self)
+                if branch in (None, row.branch) and half in (None, row.half)
+            ],
+            dtype=torch.long,
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each branch lives in a stacked state of `len(names) * images` rows."""
+
+    names: tuple[str, ...]
+    images: int
+
+    def __getitem__(self, name: str) -> slice:
+        k = self.names.index(name)
+        return slice(k * self.images, (k + 1) * self.images)
+
+    def split(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield `(branch name, its rows)`."""
+        for name in self.names:
+            yield name, x[self[name]]
+
+    def targets(self) -> tuple[str, ...]:
+        """All branches but the source."""
+        return tuple(n for n in self.names if n != "source")
+
+
+class Denoiser:
+    """A guided, counted denoiser over branches: `(x, t) -> Prediction`.
+
+    The attribute `branches` may be replaced between steps (per-step embeddings, schedules). `rows` and
+    `t` describe the call in progress, for attention hooks.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        branches: Sequence[Branch],
+        *,
+        guidance: Guidance | None = None,
+        ledger: Ledger | None = None,
+    ):
+        self.model = model
+        self.branches = tuple(branches)
+        self.guidance: Guidance = CFG() if guidance is None else guidance
+        self.ledger = Ledger() if ledger is None else ledger
+        self.rows = Rows()
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the state it expects."""
+        return Layout(tuple(b.name for b in self.branches), len(self.branches[0].condition))
+
+    @property
+    def kind(self) -> str:
+        """What the network predicts; solvers that reuse its raw output need to know."""
+        return self.model.prediction
+
+    def only(self, *names: str) -> Denoiser:
+        """A denoiser over some of the branches, counted on the same ledger."""
+        kept = [b for b in self.branches if b.name in names]
+        return Denoiser(self.model, kept, guidance=self.guidance, ledger=self.ledger)
+
+    def plan(self, t: float) -> tuple[Rows, Condition, list[int]]:
+        """Rows of a call at `t`, their conditions, and the state row that each one reads."""
+        active = self.guidance.active(t)
+        halves = [("uncond", b.uncond, k) for k, b in enumerate(self.branches) if b.guided and active]
+        halves += [("cond", b.condition, k) for k, b in enumerate(self.branches)]
+        images = self.layout.images
+        rows = Rows(
+            Row(self.branches[k].name, half, i) for half, _, k in halves for i in range(images)
+        )
+        index = [k * images + i for _, _, k in halves for i in range(images)]
+        condition = Condition.cat([c for _, c, _ in halves if c is not None])
+        return rows, condition, index
+
+    def __call__(self, x: Tensor, t: float) -> Prediction:
+        """Guided prediction for the stacked state `x` (branches * B, C, h, w) at time `t`."""
+        self.rows, condition, index = self.plan(t)
+        raw = evaluate(self.model, x[index], t, condition, self.ledger)
+        cond_rows = self.rows.where(half="cond").to(x.device)
+        cond = raw.map(lambda face: face[cond_rows])
+        if len(cond_rows) == len(self.rows):
+            return cond
+        return self._combine(raw, cond, x)
+
+    def _combine(self, raw: Prediction, cond: Prediction, x: Tensor) -> Prediction:
+        x0, eps = [], []
+        for branch in self.branches:
+            part = self.layout[branch.name]
+            guided = cond.map(lambda face, part=part: face[part])
+            if branch.guided:
+                rows = self.rows.where(branch.name, "uncond").to(x.device)
+                uncond = raw.map(lambda face, rows=rows: face[rows])
+                scale = torch.as_tensor(branch.scale, dtype=x.dtype, device=x.device)
+                guided = self.guidance(guided, uncond, scale)
+            x0.append(guided.x0)
+            eps.append(guided.eps)
+        return Prediction(torch.cat(x0), torch.cat(eps))
+
+
+def rescale(branches: Sequence[Branch], **scales: float) -> tuple[Branch, ...]:
+    """Return branches with some guidance scales replaced, by name."""
+    return tuple(replace(b, scale=scales.get(b.name, b.scale)) for b in branches)

@@ -1,0 +1,78 @@
+"""Controls: what an inverter's replay or an editor does to a run, beside the solver's own step.
+
+Every method is a no-op by default; a run folds a sequence of controls in order. Data arrives
+explicitly (`step`, the stacked state, the `layout` of its branches): a control keeps no counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .branches import Branch, Layout
+from .grid import Step
+from .state import State
+
+if TYPE_CHECKING:
+    from ..attention.hooks import AttentionControl
+
+
+class Control:
+    """Base of replays and editors' controls."""
+
+    def attention(self) -> Sequence[AttentionControl]:
+        """Attention controls to hook for the whole run."""
+        return ()
+
+    def branches(self, step: Step, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
+        """Conditions and guidance scales to use in this step."""
+        return branches
+
+    def before_step(self, step: Step, state: State, layout: Layout) -> State:
+        """State to step from."""
+        return state
+
+    def after_step(self, step: Step, state: State, before: State, layout: Layout) -> State:
+        """State to carry on with; `before` is what the step started from."""
+        return state
+
+    def finish(self, x: Tensor, layout: Layout) -> Tensor:
+        """Last word on the final latents (branches * B, C, h, w)."""
+        return x
+
+
+class Chain(Control):
+    """Several controls as one."""
+
+    def __init__(self, controls: Sequence[Control]):
+        self.controls = tuple(controls)
+
+    def attention(self) -> Sequence[AttentionControl]:
+        """All attention controls, in order."""
+        return tuple(a for c in self.controls for a in c.attention())
+
+    def branches(self, step: Step, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
+        """Folded."""
+        for control in self.controls:
+            branches = control.branches(step, branches)
+        return branches
+
+    def before_step(self, step: Step, state: State, layout: Layout) -> State:
+        """Folded."""
+        for control in self.controls:
+            state = control.before_step(step, state, layout)
+        return state
+
+    def after_step(self, step: Step, state: State, before: State, layout: Layout) -> State:
+        """Folded."""
+        for control in self.controls:
+            state = control.after_step(step, state, before, layout)
+        return state
+
+    def finish(self, x: Tensor, layout: Layout) -> Tensor:
+        """Folded."""
+        for control in self.controls:
+            x = control.finish(x, layout)
+        return x

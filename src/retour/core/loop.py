@@ -1,0 +1,62 @@
+"""The one loop that every inversion, reconstruction and edit runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from .branches import Denoiser
+from .control import Chain, Control
+from .grid import Grid, Step
+from .progress import bar
+from .solver import Solver
+from .state import State
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an observer sees after each step."""
+
+    step: Step
+    state: State
+    denoiser: Denoiser
+
+
+Observer = Callable[[Event], None]
+
+
+def walk(
+    solver: Solver,
+    denoiser: Denoiser,
+    state: State,
+    grid: Grid,
+    *,
+    down: bool,
+    controls: Sequence[Control] = (),
+    observers: Sequence[Observer] = (),
+    label: str = "",
+) -> State:
+    """Carry `state` across the whole grid, `down` to data or up to noise, and return its end.
+
+    The controls may rewrite the conditions before, and the state before and after each step; their
+    attention controls are hooked for the whole walk and unhooked afterwards, whatever happens.
+    """
+    from ..attention.hooks import hooked
+
+    control = Chain(controls)
+    layout, branches = denoiser.layout, denoiser.branches
+    attention = control.attention()
+    with ExitStack() as stack:
+        hooks = stack.enter_context(hooked(denoiser, attention)) if attention else None
+        for step in stack.enter_context(bar(grid.walk(down=down), grid.steps, label)):
+            if hooks is not None:
+                hooks.step = step
+            denoiser.branches = control.branches(step, branches)
+            before = control.before_step(step, state, layout)
+            after = solver.step(denoiser, before, step, denoiser.model.path)
+            state = control.after_step(step, after, before, layout)
+            for observer in observers:
+                observer(Event(step, state, denoiser))
+    denoiser.branches = branches
+    return state.with_x(control.finish(state.x, layout))

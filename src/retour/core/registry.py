@@ -1,0 +1,226 @@
+"""The one list of everything retour can do, with declared facts.
+
+`@register(...)` on a class makes it a command-line choice, a row of the docs' tables, a menu entry, a
+citation, and a subject of the registry-wide tests. Nothing else needs touching to add a method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..errors import RetourError, unknown
+
+C = TypeVar("C", bound=type)
+
+PACKAGES = ("solvers", "inverters", "editors")
+TASKS = ("solver", "invert", "edit")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from.
+
+    Attributes:
+        title: full title.
+        authors: ``and``-separated as in BibTeX.
+        year: of the cited version.
+        arxiv: arXiv id, "" if there is none.
+        venue: conference or journal, if known.
+    """
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str = ""
+    venue: str = ""
+
+    def bibtex(self, key: str) -> str:
+        """BibTeX entry; `@inproceedings` or `@article` only where the venue says so, else `@misc`."""
+        fields = {"title": self.title, "author": self.authors, "year": str(self.year)}
+        if self.arxiv:
+            fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
+        if self.venue:
+            fields["note"] = self.venue
+        body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+        return f"@misc{{{key},\n{body}\n}}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered method and its declared facts.
+
+    Attributes:
+        name: short name used everywhere.
+        task: ``solver``, ``invert`` or ``edit``.
+        factory: the class; called with its options dataclass.
+        summary: one line for tables and menus.
+        paper: reference.
+        options: the frozen dataclass of its options.
+        exact: its round trip is exact up to rounding.
+        order: convergence order, if it has one.
+        nfe: cost in network evaluations per image, as a formula in N (steps).
+        stochastic: draws noise.
+        needs: model capabilities it needs (`attention`, `gradients`, `flow`, `vp`).
+        requires: what an editor requires of an inversion (`trajectory`, ...).
+        provides: what an inverter's result offers to editors.
+        extra: pip extra that it needs, "" for none.
+    """
+
+    name: str
+    task: str
+    factory: type
+    summary: str
+    paper: Paper
+    options: type
+    exact: bool = False
+    order: int | None = None
+    nfe: str = ""
+    stochastic: bool = False
+    needs: frozenset[str] = frozenset()
+    requires: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset()
+    extra: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self, **options: Any) -> Any:
+        """Build the method with the given options; refuses unknown or badly typed ones."""
+        return self.factory(build_options(self, options))
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts, for `retour methods --json`."""
+        return {
+            "name": self.name,
+            "task": self.task,
+            "summary": self.summary,
+            "title": self.paper.title,
+            "year": self.paper.year,
+            "arxiv": self.paper.arxiv,
+            "exact": self.exact,
+            "order": self.order,
+            "nfe": self.nfe,
+            "stochastic": self.stochastic,
+            "needs": sorted(self.needs),
+            "requires": sorted(self.requires),
+            "provides": sorted(self.provides),
+            "extra": self.extra,
+            "options": {
+                f.name: _plain_default(f) for f in dataclasses.fields(self.options)
+            },
+            **self.facts,
+        }
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without options."""
+
+
+_entries: dict[tuple[str, str], Entry] = {}
+
+
+def register(name: str, *, task: str, **facts: Any) -> Callable[[C], C]:
+    """Class decorator: register a method under `name` for `task` with its declared facts.
+
+    `facts` are the fields of :class:`Entry`; `options` defaults to none. Sets are given as any iterable.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r} for method {name!r}")
+
+    def add(cls: C) -> C:
+        sets = {k: frozenset(facts.pop(k)) for k in ("needs", "requires", "provides") if k in facts}
+        options = facts.pop("options", NoOptions)
+        key = (task, name)
+        if key in _entries and _entries[key].factory.__qualname__ != cls.__qualname__:
+            raise ValueError(f"{task} method {name!r} is registered twice")
+        _entries[key] = Entry(name=name, task=task, factory=cls, options=options, **facts, **sets)
+        return cls
+
+    return add
+
+
+def _load_all() -> None:
+    for package in PACKAGES:
+        module = importlib.import_module(f"retour.{package}")
+        for info in pkgutil.iter_modules(module.__path__):
+            importlib.import_module(f"retour.{package}.{info.name}")
+
+
+def entries(task: str | None = None, **facts: Any) -> list[Entry]:
+    """All registered methods of a task whose declared facts equal the given ones.
+
+    A set-valued fact (`needs`, `requires`, `provides`) matches when it contains the given string.
+    """
+    _load_all()
+    if task is not None and task not in TASKS:
+        raise unknown("task", task, TASKS)
+    known = {f.name for f in dataclasses.fields(Entry)}
+    for fact in facts:
+        if fact not in known:
+            raise unknown("fact", fact, sorted(known))
+    found = [e for (t, _), e in _entries.items() if task in (None, t)]
+    return sorted(
+        (e for e in found if all(_matches(getattr(e, k), v) for k, v in facts.items())),
+        key=lambda e: (TASKS.index(e.task), e.name),
+    )
+
+
+def _matches(value: Any, wanted: Any) -> bool:
+    return wanted in value if isinstance(value, frozenset) else value == wanted
+
+
+def get(task: str, name: str) -> Entry:
+    """One entry by task and name; an unknown name is refused with the nearest ones."""
+    for entry in entries(task):
+        if entry.name == name:
+            return entry
+    raise unknown(f"{task} method", name, [e.name for e in entries(task)])
+
+
+def build_options(entry: Entry, given: Mapping[str, Any]) -> Any:
+    """Make the entry's options dataclass from plain values (strings are parsed by declared type)."""
+    hints = typing.get_type_hints(entry.options)
+    names = [f.name for f in dataclasses.fields(entry.options)]
+    for name in given:
+        if name not in names:
+            raise unknown(f"option of {entry.name!r}", name, names)
+    values = {k: _parse(entry.name, k, v, hints[k]) for k, v in given.items()}
+    return entry.options(**values)
+
+
+def _parse(method: str, name: str, value: Any, hint: Any) -> Any:
+    if not isinstance(value, str) or hint is str:
+        return value
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in choices:
+            raise unknown(f"value of {method!r} option {name!r}", value, [str(c) for c in choices])
+        return value
+    if value.lower() in ("none", "") and type(None) in choices:
+        return None
+    kinds = [k for k in (bool, int, float, str) if k is hint or k in choices]
+    for kind in kinds:
+        try:
+            return _parse_bool(value) if kind is bool else kind(value)
+        except ValueError:
+            continue
+    wanted = " or ".join(k.__name__ for k in kinds) if kinds else str(hint)
+    raise RetourError(f"option {name!r} of {method!r} takes {wanted}, got {value!r}")
+
+
+def _parse_bool(value: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if value.lower() not in words:
+        raise ValueError(value)
+    return words[value.lower()]
+
+
+def _plain_default(f: dataclasses.Field[Any]) -> Any:
+    if f.default is not dataclasses.MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else None

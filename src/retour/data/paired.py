@@ -1,0 +1,402 @@
+"""The paired benchmark set: `python -m retour.data.paired --data SPRITES --out src/retour/paired`.
+
+Edits of emoji scenes whose true edited image and exact mask are known, in PIE-Bench's format
+(see :mod:`retour.evaluate.suite`). Every kind of edit has the same number of pairs, every style too. What is drawn at
+random is accepted only if people can see it: silhouettes stand out from the background, the change is strong, a
+restyled object keeps its outline and colours, and nothing shows a sprite that training did not see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from retour.data.palette import BACKGROUNDS, OBJECT_COLOURS
+from retour.data.scenes import (
+    CORNERS,
+    EDIT_KINDS,
+    PAIR_SCALE,
+    RELATIONS,
+    SCALES,
+    STYLE_PHRASES,
+    Edit,
+    Form,
+    Item,
+    Pair,
+    Scene,
+    Split,
+    Studio,
+    corner_phrase,
+    make_split,
+    relation,
+    with_article,
+)
+from retour.data.sprites import load
+from retour.evaluate.suite import EDITED, IMAGES, KINDS, MAPPING, encode_mask
+from retour.io import atomic_write
+
+SEED = 2026
+PER_STYLE = 8
+TYPE_IDS = {
+    "object": "1",
+    "add": "2",
+    "remove": "3",
+    "colour": "6",
+    "background": "8",
+    "style": "9",
+    "position": "10",
+}
+
+# Objects that people would swap for each other, and that no one takes for each other.
+FAMILIES = (
+    ("cat", "dog", "bear", "panda", "tiger", "rabbit", "pig", "frog", "penguin", "owl", "lion"),
+    ("apple", "lemon", "strawberry", "pineapple", "banana", "avocado", "kiwi", "grapes*"),
+    ("car", "tractor", "bicycle", "scooter", "steam train", "fire engine"),
+    ("dolphin", "octopus", "crab", "turtle", "shark", "jellyfish", "fish", "whale"),
+    ("hamburger", "pizza slice", "taco", "doughnut", "ice cream cone", "birthday cake", "croissant"),
+    ("rose", "sunflower", "tulip", "cactus", "mushroom", "palm tree", "pine tree"),
+    ("airplane", "helicopter", "ufo", "sailboat"),
+    ("guitar", "trumpet", "drum"),
+    ("basketball", "soccer ball", "football"),
+    ("top hat", "crown", "t-shirt", "sneaker", "backpack", "umbrella"),
+    ("teapot", "wine glass", "beer mug"),
+    ("sun", "star", "rainbow", "cloud", "lightning bolt", "heart"),
+    ("ghost", "alien", "robot", "jack-o-lantern", "snowman", "skull"),
+    ("camera", "television", "alarm clock", "light bulb", "phone"),
+    ("butterfly", "bee", "ladybug", "spider"),
+    ("key", "padlock", "bell", "trophy", "magnet", "diamond"),
+    ("house", "castle", "tent", "volcano"),
+)
+
+# Objects of one paint, on which a new colour looks right.
+PAINTABLE = (
+    "apple", "backpack", "balloon", "bell", "bicycle", "book", "butterfly", "car", "chair",
+    "crab", "diamond", "dinosaur", "dolphin", "door", "fish", "flamingo", "frog", "guitar",
+    "heart", "hibiscus", "jellyfish", "key", "lobster", "maple leaf",
+    "octopus", "pear", "rose", "scooter", "sneaker", "star", "t-shirt", "teapot", "tent",
+    "tulip", "umbrella", "water drop", "whale", "chili pepper", "puzzle piece", "squid",
+    "turtle", "cat", "rabbit",
+)  # fmt: skip
+
+# Colours that could be taken for each other.
+NEAR = ({"red", "orange"}, {"orange", "yellow"}, {"red", "pink"}, {"pink", "purple"}, {"purple", "blue"})
+
+INSTRUCTIONS = {
+    "object": "replace {old} with {new}",
+    "add": "add {new}",
+    "remove": "remove {old}",
+    "colour": "make {old} {new}",
+    "background": "put {old} on {new}",
+    "style": "turn the picture into {new}",
+    "position": "move {old} to {new}",
+}
+
+Drawn = tuple[Scene, Edit, Form]
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What a pair must satisfy; distances are Euclidean in (luma, blue and red difference), 0..1.
+
+    Attributes:
+        contrast: distance of an outline pixel from the background that makes it stand out.
+        outline: share of the outline that must stand out.
+        change: least mean distance between the images inside the mask.
+        overlap: least intersection over union of an object's outlines in two styles.
+        drift: largest distance between an object's mean colours in two styles.
+    """
+
+    contrast: float = 0.25
+    outline: float = 0.8
+    change: float = 0.16
+    style_change: float = 0.08
+    overlap: float = 0.78
+    drift: float = 0.2
+
+
+def perceived(rgb: np.ndarray) -> np.ndarray:
+    """RGB (..., 3) in 0..255 as luma and colour differences in about 0..1."""
+    red, green, blue = np.moveaxis(np.asarray(rgb, np.float64) / 255, -1, 0)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    return np.stack([luma, 0.564 * (blue - luma), 0.713 * (red - luma)], -1)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Perceived distance of colours (..., 3)."""
+    return np.linalg.norm(perceived(a) - perceived(b), axis=-1)
+
+
+class Builder:
+    """Draws pairs of each kind, the least used concepts first."""
+
+    def __init__(self, studio: Studio, split: Split, seed: int = SEED, taste: Taste = Taste()):
+        self.studio, self.split, self.seed, self.taste = studio, split, seed, taste
+        self.used: Counter[str] = Counter()
+        self.grounds: Counter[str] = Counter()
+        self.nouns = sorted({noun for family in FAMILIES for noun in family})
+
+    def pairs(self, kind: str, per_style: int = PER_STYLE) -> Iterator[Pair]:
+        """`per_style` pairs of one kind for every style, styles in turn."""
+        rng = np.random.default_rng([self.seed, EDIT_KINDS.index(kind)])
+        draw: Callable[[np.random.Generator, str], Drawn] = getattr(self, f"_{kind}")
+        seen: set[tuple[str, ...]] = set()
+        for number in range(per_style * len(self.studio.sprites.styles)):
+            style = self.studio.sprites.styles[number % len(self.studio.sprites.styles)]
+            pair = self._first_good(rng, style, draw, seen)
+            seen.add(_subjects(pair))
+            self.used.update(_subjects(pair))
+            self.grounds[pair.source.background] += 1
+            yield pair
+
+    def _first_good(
+        self,
+        rng: np.random.Generator,
+        style: str,
+        draw: Callable[[np.random.Generator, str], Drawn],
+        seen: set[tuple[str, ...]],
+    ) -> Pair:
+        for _ in count():
+            scene, edit, form = draw(rng, style)
+            pair = self.studio.pair(scene, edit, form)
+            if _subjects(pair) not in seen and self.good(pair):
+                return pair
+        raise AssertionError
+
+    def good(self, pair: Pair) -> bool:
+        """Whether people can see what the pair is about, and training has seen its sprites."""
+        scenes = (pair.source, pair.target)
+        if any(self.split.held_out(i.concept, s.style) for s in scenes for i in s.items):
+            return False
+        if not all(self.stands_out(scene) for scene in scenes):
+            return False
+        style = pair.edit.kind == "style"
+        least = self.taste.style_change if style else self.taste.change
+        gap = distance(pair.source_image, pair.target_image)[pair.mask]
+        return bool(gap.mean() >= least) and (not style or self._kin(pair))
+
+    def stands_out(self, scene: Scene) -> bool:
+        """Whether every object's outline differs from the background."""
+        ground = np.array(BACKGROUNDS[scene.background])
+        for item in scene.items:
+            colour, alpha = self.studio.layer(item, scene.style)
+            edge = outline(alpha[..., 0] > 0.5)
+            rgb = 255 * (colour / np.maximum(alpha, 1e-6))[edge]
+            if (distance(rgb, ground) > self.taste.contrast).mean() < self.taste.outline:
+                return False
+        return True
+
+    def _kin(self, pair: Pair) -> bool:
+        sides = []
+        for scene in (pair.source, pair.target):
+            colour, alpha = self.studio.layer(scene.items[0], scene.style)
+            mean = 255 * colour.sum((0, 1)) / alpha.sum()
+            sides.append((alpha[..., 0] > 0.5, mean))
+        (before, old), (after, new) = sides
+        overlap = (before & after).sum() / (before | after).sum()
+        return bool(overlap >= self.taste.overlap and distance(old, new) <= self.taste.drift)
+
+    def _concept(self, rng: np.random.Generator, choices: Sequence[str]) -> str:
+        return _rarest(rng, choices, self.used)
+
+    def _ground(self, rng: np.random.Generator) -> str:
+        return _rarest(rng, list(BACKGROUNDS), self.grounds)
+
+    def _single(self, rng: np.random.Generator, style: str, nouns: Sequence[str]) -> Scene:
+        return Scene(style, self._ground(rng), (Item(self._concept(rng, nouns)),))
+
+    def _object(self, rng: np.random.Generator, style: str) -> Drawn:
+        old = self._concept(rng, self.nouns)
+        family = next(family for family in FAMILIES if old in family)
+        new = self._concept(rng, [noun for noun in family if noun != old])
+        return Scene(style, self._ground(rng), (Item(old),)), Edit("object", new), Form()
+
+    def _colour(self, rng: np.random.Generator, style: str) -> Drawn:
+        scene = self._single(rng, style, PAINTABLE)
+        natural = self.studio.natural(scene.items[0].concept, style)
+        names = [str(name) for name in rng.permutation(list(OBJECT_COLOURS))]
+        old = names.pop() if natural is None else natural
+        if natural is None:
+            scene = replace(scene, items=(replace(scene.items[0], colour=old),))
+        new = next(name for name in names if name != old and {name, old} not in NEAR)
+        return scene, Edit("colour", new), Form(natural_colours=True)
+
+    def _background(self, rng: np.random.Generator, style: str) -> Drawn:
+        scene = self._single(rng, style, self.nouns)
+        choices = [name for name in BACKGROUNDS if name != scene.background]
+        return scene, Edit("background", str(rng.choice(choices))), Form()
+
+    def _style(self, rng: np.random.Generator, style: str) -> Drawn:
+        scene = self._single(rng, style, self.nouns)
+        styles = [name for name in self.studio.sprites.styles if name != style]
+        return scene, Edit("style", str(rng.choice(styles))), Form()
+
+    def _position(self, rng: np.random.Generator, style: str) -> Drawn:
+        scene = self._single(rng, style, self.nouns)
+        start, end = rng.permutation(list(CORNERS.values()))[:2]
+        item = Item(scene.items[0].concept, None, SCALES["small"], float(start[0]), float(start[1]))
+        return replace(scene, items=(item,)), Edit("position", (float(end[0]), float(end[1]))), Form()
+
+    def _two(self, rng: np.random.Generator, style: str) -> Scene:
+        first = self._concept(rng, self.nouns)
+        others = [noun for family in FAMILIES if first not in family for noun in family]
+        places = list(RELATIONS.values())[rng.integers(len(RELATIONS))]
+        nouns = (first, self._concept(rng, others))
+        items = [Item(n, None, PAIR_SCALE, *p) for n, p in zip(nouns, places, strict=True)]
+        return Scene(style, self._ground(rng), tuple(items))
+
+    def _remove(self, rng: np.random.Generator, style: str) -> Drawn:
+        return self._two(rng, style), Edit("remove", index=1), Form()
+
+    def _add(self, rng: np.random.Generator, style: str) -> Drawn:
+        scene = self._two(rng, style)
+        return replace(scene, items=scene.items[:1]), Edit("add", scene.items[1]), Form()
+
+
+def _rarest(rng: np.random.Generator, choices: Sequence[str], used: Counter[str]) -> str:
+    """A random choice in which every use so far halves the chance."""
+    chances = np.array([0.5 ** used[choice] for choice in choices])
+    return choices[int(rng.choice(len(choices), p=chances / chances.sum()))]
+
+
+def outline(shape: np.ndarray) -> np.ndarray:
+    """Pixels of a shape (H, W) bool that touch its outside."""
+    padded = np.pad(shape, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return shape & ~inner
+
+
+def _subjects(pair: Pair) -> tuple[str, ...]:
+    nouns = [i.concept for s in (pair.source, pair.target) for i in s.items]
+    return tuple(dict.fromkeys(nouns))
+
+
+# --- As PIE-Bench writes it -----------------------------------------------------------------------
+
+
+def prompts(studio: Studio, pair: Pair) -> tuple[str, str]:
+    """Both prompts; an object that is small only to make room is not called so."""
+    if pair.edit.kind not in ("add", "remove"):
+        return pair.source_caption, pair.target_caption
+    return _roomy(studio, pair.source), _roomy(studio, pair.target)
+
+
+def _roomy(studio: Studio, scene: Scene) -> str:
+    items = tuple(replace(item, scale=SCALES["regular"]) for item in scene.items)
+    return studio.caption(replace(scene, items=items))
+
+
+def bracketed(old: str, new: str) -> tuple[str, str]:
+    """Both prompts with square brackets around the words that differ."""
+    a, b = old.split(), new.split()
+    left, right = [], []
+    for tag, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        left.append(_marked(a[a0:a1], tag != "equal"))
+        right.append(_marked(b[b0:b1], tag != "equal"))
+    return " ".join(filter(None, left)), " ".join(filter(None, right))
+
+
+def _marked(words: list[str], differs: bool) -> str:
+    text = " ".join(words)
+    return f"[{text}]" if differs and words else text
+
+
+def blended(pair: Pair) -> str:
+    """The word concerned in either prompt; what is added or removed changes places with the background."""
+    kind, index = pair.edit.kind, pair.edit.index
+    if kind == "background":
+        return "background background"
+    old = "background" if kind == "add" else _head(pair.source.items[index].concept)
+    new = "background" if kind == "remove" else _head(pair.target.items[-1].concept)
+    return f"{old} {new}"
+
+
+def _head(concept: str) -> str:
+    return concept.rstrip("*").split()[-1]
+
+
+def instruction(pair: Pair) -> str:
+    """The edit as an order."""
+    kind, index = pair.edit.kind, pair.edit.index
+    old = pair.source.items[-1 if kind == "remove" else index].concept.rstrip("*")
+    new = {
+        "object": lambda: with_article(pair.target.items[index].concept),
+        "add": lambda: _place(pair),
+        "remove": lambda: "",
+        "colour": lambda: str(pair.edit.value),
+        "background": lambda: with_article(f"{pair.edit.value} background"),
+        "style": lambda: STYLE_PHRASES[str(pair.edit.value)].removesuffix(" of"),
+        "position": lambda: corner_phrase(pair.target.items[index]).removeprefix("in "),
+    }[kind]()
+    return INSTRUCTIONS[kind].format(old=f"the {old}", new=new)
+
+
+def _place(pair: Pair) -> str:
+    first, second = pair.target.items
+    noun, stays = with_article(second.concept), first.concept.rstrip("*")
+    return f"{noun} {relation(second, first)} the {stays}"
+
+
+def describe(studio: Studio, pair: Pair, name: str, folder: str) -> dict[str, object]:
+    """The entry of a pair in the mapping file."""
+    old, new = bracketed(*prompts(studio, pair))
+    return {
+        "image_path": f"{folder}/{name}.png",
+        "edited_image_path": f"{folder}/{name}.png",
+        "original_prompt": old,
+        "editing_prompt": new,
+        "editing_instruction": instruction(pair),
+        "editing_type_id": TYPE_IDS[pair.edit.kind],
+        "blended_word": blended(pair),
+        "split": "train",
+        "mask": encode_mask(pair.mask),
+    }
+
+
+def write_image(pixels: np.ndarray, path: Path) -> None:
+    """Write an image (H, W, 3) uint8 as a small PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "PNG", optimize=True)
+
+
+def build(studio: Studio, split: Split, out: Path, seed: int = SEED, per_style: int = PER_STYLE) -> int:
+    """Write the whole set to `out` and return the number of its pairs."""
+    builder, lines = Builder(studio, split, seed), []
+    for kind in EDIT_KINDS:
+        pairs = list(builder.pairs(kind, per_style))
+        type_id = TYPE_IDS[kind]
+        folder = f"{type_id}_{KINDS[type_id]}_{len(pairs)}"
+        for number, pair in enumerate(pairs):
+            name = f"{int(type_id):03d}{number:09d}"
+            write_image(pair.source_image, out / IMAGES / folder / f"{name}.png")
+            write_image(pair.target_image, out / EDITED / folder / f"{name}.png")
+            entry = json.dumps(describe(studio, pair, name, folder), separators=(",", ":"))
+            lines.append(f'"{name}": {entry}')
+    with atomic_write(out / MAPPING) as temporary:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return len(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m retour.data.paired", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the sprite cache")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the set")
+    parser.add_argument("--seed", type=int, default=SEED)
+    options = parser.parse_args()
+    studio = Studio(load(options.data))
+    count_ = build(studio, make_split(studio.sprites), options.out, options.seed)
+    print(f"{count_} pairs in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Editors: one published method per file."""

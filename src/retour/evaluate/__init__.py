@@ -1,0 +1,1 @@
+"""Measuring edits: benchmark sets, metrics, and the statistics of their comparison."""

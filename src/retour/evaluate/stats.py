@@ -1,0 +1,89 @@
+"""Intervals of means, and of differences between methods measured on the same items.
+
+The bootstrap resamples items with replacement and reads the percentiles of the resampled means. Comparing two
+methods, the *differences* per item are resampled: what makes an item hard for both cancels.
+
+Reference: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import RetourError
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+_CHUNK = 1_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and where it may lie.
+
+    Attributes:
+        mean: of the values that are numbers; NaN without any.
+        low: lower end; NaN where it cannot be told (one value, or infinite ones).
+        high: upper end.
+        count: number of values behind it.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def apart(self) -> bool:
+        """Whether zero lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def mean_interval(
+    values: Sequence[float] | np.ndarray,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean of values, NaN left out, with its percentile bootstrap interval."""
+    if not 0 < confidence < 1:
+        raise RetourError(f"confidence is {confidence}: choose a number between 0 and 1")
+    kept = np.asarray(values, np.float64)
+    kept = kept[~np.isnan(kept)]
+    if not kept.size:
+        return Interval(np.nan, np.nan, np.nan, 0)
+    mean = float(kept.mean())
+    if kept.size == 1 or not np.isfinite(kept).all():
+        return Interval(mean, np.nan, np.nan, kept.size)
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(_means(kept, resamples, seed), tails)
+    return Interval(mean, float(low), float(high), kept.size)
+
+
+def _means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    sizes = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
+    draws = (rng.integers(values.size, size=(size, values.size)) for size in sizes)
+    return np.concatenate([values[draw].mean(1) for draw in draws])
+
+
+def paired_difference(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, **options: float
+) -> Interval:
+    """Mean of `first - second`, item by item, with its interval; options as `mean_interval`'s.
+
+    Items without a finite difference are left out (`count` tells).
+
+    Raises:
+        RetourError: the two were not measured on the same number of items.
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if a.shape != b.shape:
+        raise RetourError(f"cannot pair {a.size} values with {b.size}: measure the same items")
+    with np.errstate(invalid="ignore"):
+        gaps = a - b
+    return mean_interval(gaps[np.isfinite(gaps)], **options)  # type: ignore[arg-type]

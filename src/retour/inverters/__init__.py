@@ -1,0 +1,1 @@
+"""Inverters: one published method per file."""

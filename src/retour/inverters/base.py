@@ -1,0 +1,168 @@
+"""What every inverter is given and what it returns; the shared way up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.branches import Branch, Denoiser
+from ..core.control import Control
+from ..core.grid import Grid
+from ..core.guidance import Guidance
+from ..core.loop import Event, walk
+from ..core.model import Condition, Ledger, Model
+from ..core.solver import Solver
+from ..core.state import Inversion, State, stack
+
+
+@dataclass
+class Job:
+    """An inversion to do.
+
+    Attributes:
+        model: the generative model.
+        latents: (B, C, h, w) float64 data latents.
+        condition: B source conditions.
+        negative: B negative (usually empty) conditions.
+        grid: the time grid to walk.
+        guidance: the guidance scale that the way back will use.
+        generator: the only source of noise (CPU generator).
+        rule: how guidance combines predictions.
+        ledger: where evaluations are counted.
+        controls: further controls for the walk (an editor that records features).
+    """
+
+    model: Model
+    latents: Tensor
+    condition: Condition
+    negative: Condition
+    grid: Grid
+    guidance: float
+    generator: torch.Generator
+    rule: Guidance | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    controls: Sequence[Control] = ()
+
+    def denoiser(self, scale: float) -> Denoiser:
+        """Denoiser of the source branch alone at the given guidance scale."""
+        branch = Branch("source", self.condition, self.negative, scale)
+        return Denoiser(self.model, [branch], guidance=self.rule, ledger=self.ledger)
+
+    def climb(self, solver: Solver, grid: Grid, scale: float) -> dict[str, Tensor]:
+        """Walk the data up to noise with `solver`; return all N+1 states, clean first."""
+        return self._trace(solver, solver.start(self.latents), grid, scale, down=False)
+
+    def descend(
+        self, solver: Solver, state: State, grid: Grid, scale: float, *controls: Control
+    ) -> dict[str, Tensor]:
+        """Walk `state` down to data; return all N+1 states, clean first."""
+        return self._trace(solver, state, grid, scale, *controls, down=True)
+
+    def _trace(
+        self, solver: Solver, state: State, grid: Grid, scale: float, *controls: Control, down: bool
+    ) -> dict[str, Tensor]:
+        states = [state]
+
+        def keep(event: Event) -> None:
+            states.append(event.state)
+
+        walk(
+            solver,
+            self.denoiser(scale),
+            state,
+            grid,
+            down=down,
+            controls=[*self.controls, *controls],
+            observers=[keep],
+            label="invert",
+        )
+        return stack(states[::-1] if down else states)
+
+    def pack(
+        self,
+        method: str,
+        options: Any,
+        grid: Grid,
+        states: dict[str, Tensor],
+        **extras: Tensor,
+    ) -> Inversion:
+        """Pack what was found; `options` is the method's options dataclass."""
+        return Inversion(
+            method=method,
+            options=asdict(options),
+            model_name=self.model.name,
+            fingerprint=self.model.fingerprint,
+            grid=grid,
+            states=states,
+            condition=self.condition,
+            negative=self.negative,
+            guidance=self.guidance,
+            extras=extras,
+            model=self.model,
+        )
+
+
+@dataclass
+class Replay:
+    """How to come back from an inversion.
+
+    Attributes:
+        solver: the matching sampler.
+        state: B rows to start from; tiled over the branches of an edit.
+        control: the method's correction of the source branch, per-step conditions, ...
+    """
+
+    solver: Solver
+    state: State
+    control: Control = field(default_factory=Control)
+
+
+class Inverter(Protocol):
+    """A way up (`invert`) and its way back (`replay`); holds options only."""
+
+    def invert(self, job: Job) -> Inversion:
+        """Take the job's latents to noise."""
+
+    def replay(self, inversion: Inversion) -> Replay:
+        """How generation returns from that inversion."""
+
+
+@dataclass(frozen=True)
+class ClimbOptions:
+    """Options that all deterministic inverters share.
+
+    Attributes:
+        inversion_guidance: guidance scale on the way up (1: the source prompt alone).
+        strength: part of the grid that is walked, from the clean end; 1 goes all the way to noise.
+    """
+
+    inversion_guidance: float = 1.0
+    strength: float = 1.0
+
+
+class SolverInverter:
+    """An inverter that is one solver, walked up and then down again."""
+
+    name: str
+    options: ClimbOptions
+
+    def __init__(self, options: Any):
+        self.options = options
+
+    def solver(self) -> Solver:
+        """The solver of both directions."""
+        raise NotImplementedError
+
+    def invert(self, job: Job) -> Inversion:
+        """Walk up with the source prompt."""
+        grid = job.grid.truncate(self.options.strength)
+        states = job.climb(self.solver(), grid, self.options.inversion_guidance)
+        return job.pack(self.name, self.options, grid, states)
+
+    def replay(self, inversion: Inversion) -> Replay:
+        """Walk down with the same solver."""
+        return Replay(self.solver(), inversion.end())

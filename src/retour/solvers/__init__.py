@@ -1,0 +1,1 @@
+"""Solvers: one step rule per file, valid in both directions."""

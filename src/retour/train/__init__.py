@@ -1,0 +1,1 @@
+"""Trainers of the embedded models: one loop, four tasks, resumable on CPU and GPU."""

@@ -1,0 +1,164 @@
+"""Train the AutoencoderKL: 64 x 64 x 3 to 16 x 16 x 4.
+
+    python -m retour.train.vae --data SPRITES --out RUN --minutes 25
+
+The loss is L1 + 2 MSE + 0.5 L1 of the image gradients, in pixels of -1..1, plus a tiny KL that only keeps the latents bounded.
+Half of the images get varied backgrounds, tints and textures, so that the model also holds outside the palette.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+
+from retour.data.scenes import Mix, Sampler, Scene, Studio, make_split
+from retour.data.sprites import SIZE, load
+from retour.train.loop import Trainer, add_data, grid, options_from, parser
+
+KL_WEIGHT = 2e-5
+MIX = Mix(centred=0.45, large=0.25, small=0.03, corner=0.07, two=0.2, recoloured=0.3, jitter=0.05)
+
+
+def make_vae(widths: tuple[int, ...] = (24, 48, 96)) -> AutoencoderKL:
+    """A narrow autoencoder, 4 pixels to one latent position for three widths."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+        force_upcast=False,
+        shift_factor=0.0,
+    )
+
+
+def to_tensor(images: list[np.ndarray] | np.ndarray) -> Tensor:
+    """Images (H, W, 3) uint8 to one tensor (B, 3, H, W) in -1..1."""
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return pixels.float() / 127.5 - 1.0
+
+
+def texture(rng: np.random.Generator) -> np.ndarray:
+    """A random background (64, 64, 3) in 0..1: a gradient between two colours, at times with soft noise."""
+    start, stop = rng.random(3), rng.random(3)
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[0:SIZE, 0:SIZE] / (SIZE - 1) - 0.5
+    ramp = np.clip(0.5 + x * np.cos(angle) + y * np.sin(angle), 0, 1)[..., None]
+    image = start + (stop - start) * ramp
+    if rng.random() < 0.4:
+        cells = int(rng.choice([4, 8, 16]))
+        coarse = rng.uniform(-0.25, 0.25, (cells, cells, 3))
+        image = image + np.kron(coarse, np.ones((SIZE // cells, SIZE // cells, 1)))
+    return np.clip(image, 0, 1).astype(np.float32)
+
+
+def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Random gain and offset per channel of an image (64, 64, 3) uint8."""
+    gain, offset = rng.uniform(0.7, 1.2, 3), rng.uniform(-25, 25, 3)
+    return np.clip(image * gain + offset, 0, 255).astype(np.uint8)
+
+
+def augmented(studio: Studio, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """The scene, in half of the cases on a random texture and tinted."""
+    if rng.random() < 0.5:
+        return studio.render(scene)
+    image = studio.render(scene, texture(rng))
+    return jitter(image, rng) if rng.random() < 0.5 else image
+
+
+def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Horizontal and vertical differences of images (B, C, H, W)."""
+    return x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
+    """L1 + 2 MSE + 0.5 L1 of gradients between images (B, 3, H, W)."""
+    error = y - x
+    edges = sum(part.abs().mean() for part in gradients(error))
+    return error.abs().mean() + 2.0 * error.square().mean() + 0.5 * edges
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per image (B, 3, H, W) in -1..1, after clipping `y`: (B,)."""
+    error = (y.clamp(-1, 1) - x).square().mean(dim=(1, 2, 3))
+    return 10.0 * torch.log10(4.0 / error.clamp_min(1e-10))
+
+
+class VaeTask:
+    """Reconstruct training scenes."""
+
+    part = "vae"
+
+    def __init__(
+        self, train: Sampler, check: Sampler, batch: int, device: str, model: nn.Module
+    ) -> None:
+        self.train, self.batch, self.device, self.model = train, batch, device, model
+        self.shown = to_tensor([check.studio.render(check.scene(i)) for i in range(48)]).to(device)
+
+    def images(self, step: int) -> Tensor:
+        """Batch of a step, (B, 3, 64, 64) in -1..1."""
+        numbers = range(step * self.batch, (step + 1) * self.batch)
+        scenes = ((self.train.scene(n), self.train.rng(n, 3)) for n in numbers)
+        images = to_tensor([augmented(self.train.studio, scene, rng) for scene, rng in scenes])
+        return images.to(self.device, memory_format=torch.channels_last)
+
+    def loss(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Reconstruction of a posterior sample, and the KL to the unit normal."""
+        x = self.images(step)
+        posterior = self.model.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+        y = self.model.decode(posterior.mean + posterior.std * noise).sample.float()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+        fit = reconstruction_loss(x, y)
+        return {
+            "loss": fit + KL_WEIGHT * kl,
+            "fit": fit,
+            "kl": kl,
+            "psnr": psnr(x, y.detach()).mean(),
+        }
+
+    def picture(self, model: nn.Module) -> Image.Image:
+        """Held-out scenes over their reconstructions."""
+        y = model.decode(model.encode(self.shown).latent_dist.mode()).sample
+        rows = [
+            part for pair in zip(self.shown.split(16), y.split(16), strict=True) for part in pair
+        ]
+        print(f"held-out PSNR {psnr(self.shown, y).mean():.2f} dB", flush=True)
+        return grid(torch.cat(rows) / 2 + 0.5, 16)
+
+    def publish(self, model: nn.Module, folder: Path) -> None:
+        """Write the averaged model with its scale set on training scenes."""
+        scenes = [self.train.studio.render(self.train.scene(n)) for n in range(256)]
+        set_scale(model, to_tensor(scenes).to(self.device))
+        model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def set_scale(model: AutoencoderKL, images: Tensor) -> None:
+    """Register the factor that gives the latents of images (B, 3, 64, 64) unit standard deviation."""
+    latents = model.encode(images).latent_dist.mode()
+    model.register_to_config(scaling_factor=round(float(1.0 / latents.std()), 5))
+
+
+def main() -> None:
+    """Train from the command line; the averaged model goes to RUN/vae."""
+    arguments = add_data(parser("vae", batch=16, lr=1.5e-3, ema=0.998)).parse_args()
+    options = options_from(arguments)
+    studio = Studio(load(arguments.data, arguments.concepts))
+    split = make_split(studio.sprites)
+    train = Sampler(studio, split, options.seed, "train", MIX)
+    check = Sampler(studio, split, options.seed + 1, "concepts")
+    task = VaeTask(train, check, options.batch, options.device, make_vae())
+    Trainer(task, options).fit()
+
+
+if __name__ == "__main__":
+    main()

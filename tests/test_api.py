@@ -1,0 +1,235 @@
+"""The main job on tiny pipelines of every family: what invert, reconstruct and edit promise."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+import tiny
+from PIL import Image
+
+import retour
+from retour import api
+from retour.core.registry import entries
+
+SOURCE, TARGET = "a red apple on a blue background", "a green apple on a blue background"
+FAMILIES = sorted(tiny.PIPELINES)
+
+
+@lru_cache
+def model(family: str = "sd1"):
+    return retour.load(tiny.PIPELINES[family]())
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (16, 16)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1] // 4, size[0] // 4, 3))
+    return Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+
+
+def invert(family: str = "sd1", **options):
+    options = {"method": "direct", "steps": 4, "guidance": 5.0, **options}
+    return retour.invert(model(family), picture(), SOURCE, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("editor", [e.name for e in entries("edit")])
+@pytest.mark.parametrize("method", [e.name for e in entries("invert")])
+def test_every_pair_runs_or_is_refused(family, method, editor):
+    mask = np.zeros((16, 16))
+    mask[4:12, 4:12] = 1
+    inversion = invert(family, method=method)
+    result = retour.edit(inversion, TARGET, editor=editor, mask=mask)
+    assert result.image.size == (16, 16)
+    assert torch.isfinite(result.latents).all()
+    json.dumps(retour.io.plain(result.record))
+
+
+@pytest.mark.parametrize("method", [e.name for e in entries("invert") if e.exact])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("steps", [4, 5])
+def test_exact_inverters_return_exactly(family, method, steps):
+    inversion = invert(family, method=method, steps=steps, strength=1.0)
+    result = api.reconstruct(inversion)
+    error = (result.latents - inversion.latents).norm() / inversion.latents.norm()
+    assert error <= 1e-12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["offset", "overwrite"])
+def test_direct_source_is_the_vae_reconstruction(family, form):
+    inversion = invert(family, form=form)
+    result = retour.edit(inversion, TARGET, editor="p2p")
+    assert (result.source - inversion.latents).abs().max() <= 1e-12
+    whole = model(family).decode(result.source)
+    assert (whole - model(family).decode(inversion.latents)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sd3"])
+def test_stored_offsets_return_exactly_in_the_same_batch(family):
+    """Stored offsets do not pull back: another batch shape's rounding may grow, the same one's not."""
+    result = api.reconstruct(invert(family, form="two-pass"))
+    assert (result.latents - result.inversion.latents).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5, 15.0])
+def test_direct_source_is_exact_at_any_guidance_where_ddim_drifts(guidance):
+    direct = retour.edit(invert(guidance=guidance), TARGET)
+    ddim = retour.edit(invert(method="ddim", guidance=guidance), TARGET)
+    exact = direct.inversion.latents
+    assert (direct.source - exact).abs().max() <= 1e-12
+    if guidance > 1:
+        assert (ddim.source - exact).abs().max() > 1e-2
+
+
+def test_direct_leaves_the_target_alone():
+    """With no attention control the target's latents do not depend on the offsets."""
+    direct = invert()
+    plain = invert(method="ddim")
+    controls = {"cross_steps": 0.0, "self_steps": 0.0}
+    first = retour.edit(direct, TARGET, editor="p2p", **controls)
+    second = retour.edit(plain, TARGET, editor="p2p", **controls)
+    assert torch.equal(first.latents, second.latents)
+
+
+def test_direct_forms_agree():
+    latents = [
+        retour.edit(invert(form=form), TARGET).latents for form in ("offset", "two-pass", "overwrite")
+    ]
+    for other in latents[1:]:
+        torch.testing.assert_close(other, latents[0], rtol=0, atol=2e-5)
+
+
+def test_direct_offsets_close_the_gap_in_proportion():
+    errors = []
+    for scale in (0.0, 0.4, 0.8, 1.0):
+        result = retour.edit(invert(scale=scale), TARGET)
+        errors.append(float((result.source - result.inversion.latents).norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] <= 1e-12 * float(result.inversion.latents.norm())
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "editor", "evaluations"),
+    [
+        ("direct", {}, "p2p", 5 * 4),
+        ("direct", {"form": "two-pass"}, "p2p", 7 * 4),
+        ("direct", {"form": "overwrite"}, "p2p", 4 * 4),
+        ("direct", {}, "reprompt", 3 * 4),
+        ("ddim", {}, "p2p", 5 * 4),
+        ("edict", {"strength": 1.0}, "reprompt", 8 * 4),
+        ("rf-solver", {}, "reprompt", 6 * 4),
+    ],
+)
+def test_evaluations_are_counted(method, options, editor, evaluations):
+    result = retour.edit(invert(method=method, **options), TARGET, editor=editor)
+    assert result.record["nfe"] == evaluations
+
+
+def test_batch_equals_loop():
+    images, prompts = [picture(k) for k in range(3)], [SOURCE, "a cat", "a green pear"]
+    batch = retour.invert(model(), images, prompts, steps=3)
+    edited = retour.edit(batch, TARGET, editor="reprompt")
+    for k in range(3):
+        alone = retour.invert(model(), images[k], prompts[k], steps=3)
+        torch.testing.assert_close(batch.noise[k], alone.noise[0], rtol=0, atol=1e-5)
+        one = retour.edit(alone, TARGET, editor="reprompt")
+        torch.testing.assert_close(edited.latents[k], one.latents[0], rtol=0, atol=1e-4)
+
+
+def test_several_targets_of_one_image():
+    inversion = invert()
+    result = retour.edit(inversion, [TARGET, "a red pear on a blue background"])
+    assert len(result.images) == len(result.placements) == 2
+    one = retour.edit(inversion, "a red pear on a blue background")
+    torch.testing.assert_close(result.latents[1], one.latents[0], rtol=0, atol=1e-4)
+
+
+def test_take_picks_images():
+    batch = retour.invert(model(), [picture(0), picture(1)], [SOURCE, "a cat"], steps=3)
+    picked = batch.take([1, 1, 0])
+    assert picked.prompts == ("a cat", "a cat", SOURCE)
+    assert torch.equal(picked.noise, batch.noise[[1, 1, 0]])
+
+
+def test_saved_inversion_edits_alike(tmp_path):
+    inversion = invert()
+    inversion.save(tmp_path / "a.safetensors")
+    loaded = retour.Inversion.load(tmp_path / "a.safetensors", model())
+    assert torch.equal(
+        retour.edit(loaded, TARGET).latents, retour.edit(inversion, TARGET).latents
+    )
+    with pytest.raises(retour.RetourError, match="was made with model"):
+        retour.Inversion.load(tmp_path / "a.safetensors", model("sd2"))
+
+
+def test_seed_and_run_are_deterministic():
+    first, second = retour.edit(invert(), TARGET), retour.edit(invert(), TARGET)
+    assert torch.equal(first.latents, second.latents)
+
+
+def test_mask_keeps_the_background_of_the_latents():
+    mask = np.zeros((16, 16))
+    mask[:, 8:] = 1
+    inversion = invert()
+    result = retour.edit(inversion, "a cat", editor="reprompt", mask=mask)
+    assert (result.latents - inversion.latents)[..., :4].abs().max() <= 1e-12
+    assert (result.latents - inversion.latents)[..., 4:].abs().max() > 1e-2
+
+
+def test_non_square_image_returns_at_its_size():
+    image = picture(size=(48, 24))
+    inversion = retour.invert(model(), image, SOURCE, steps=3)
+    result = retour.edit(inversion, TARGET)
+    assert result.image.width > result.image.height
+    assert result.original_size().size == (48, 24)
+
+
+def test_record_and_citation():
+    result = retour.edit(invert(), TARGET)
+    record = result.record
+    assert record["inverter"] == "direct" and record["editor"] == "p2p"
+    assert record["targets"] == [TARGET] and record["prompts"] == [SOURCE]
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["inversion"]["seed"] == 0
+    text = retour.cite(result)
+    assert "2310.01506" in text and "2208.01626" in text
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: invert(method="dirct"), "did you mean 'direct'"),
+        (lambda: invert(steps=0), "at least 1, got 0"),
+        (lambda: invert(steps=2000), "1000 training steps, got 2000"),
+        (lambda: invert(guidance=float("nan")), "guidance is nan"),
+        (lambda: invert(stride=3), "unknown option of 'direct' 'stride'"),
+        (lambda: invert(form="both"), "both"),
+        (lambda: retour.invert(model(), [], SOURCE), "no image"),
+        (lambda: retour.invert(model(), picture(), [SOURCE, SOURCE]), "2 prompts for 1 images"),
+        (lambda: retour.edit(invert(), [1]), "target must be a prompt"),
+        (lambda: retour.edit(invert(), TARGET, editor="p2pp"), "did you mean 'p2p'"),
+        (lambda: retour.edit(invert(), TARGET, mask=np.zeros((16, 16))), "black everywhere"),
+        (lambda: retour.edit(invert(), TARGET, editor="mask-blend"), "needs one"),
+        (lambda: retour.cite("p3p"), "unknown"),
+        (lambda: retour.methods(task="fly"), "unknown task"),
+    ],
+)
+def test_bad_input_is_one_sentence(call, says):
+    with pytest.raises(retour.RetourError, match=says) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_model_is_left_as_it_was():
+    pipe = tiny.sd1()
+    before = {name: id(module.processor) for name, module in _processors(pipe.unet)}
+    loaded = retour.load(pipe)
+    retour.edit(retour.invert(loaded, picture(), SOURCE, steps=2), TARGET, editor="p2p")
+    assert {name: id(module.processor) for name, module in _processors(pipe.unet)} == before
+
+
+def _processors(network):
+    return [(n, m) for n, m in network.named_modules() if hasattr(m, "set_processor")]

@@ -1,0 +1,233 @@
+"""The command line as a user meets it: main job, bad input, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from retour import cli
+from retour.io import read_record
+from retour.models.diffusers_unet import DiffusersUNet
+
+SOURCE, TARGET = "a red apple on a blue background", "a green apple on a blue background"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny model on disk."""
+    path = tmp_path_factory.mktemp("model") / "tiny-sd"
+    tiny.sd1().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def image(tmp_path, gradient):
+    path = tmp_path / "in.png"
+    gradient.save(path)
+    return str(path)
+
+
+def retour(*arguments: object) -> int:
+    """Run in this process; the exit code."""
+    return cli.run([str(a) for a in arguments])
+
+
+def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "retour", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def edit(image, folder, out, *more):
+    given = ("--source", SOURCE, "--target", TARGET, "--model", folder, "--steps", 3, "-o", out)
+    return retour("edit", image, *given, *more)
+
+
+def test_edit_writes_picture_and_record(image, folder, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert edit(image, folder, out, "--json", "--seed", 3) == 0
+    printed = json.loads(capsys.readouterr().out)
+    record = read_record(out)
+    assert printed["nfe"] == record["nfe"] == 15
+    assert record["inversion"]["seed"] == 3 and record["editor"] == "p2p"
+    assert printed["outputs"] == [str(out)]
+
+
+def test_keep_size_and_several_targets(image, folder, tmp_path):
+    out = tmp_path / "out.png"
+    assert edit(image, folder, out, "--target", "a cat", "--keep-size") == 0
+    assert [Image.open(tmp_path / f"out-{k}.png").size for k in (1, 2)] == [(48, 32)] * 2
+
+
+def test_invert_then_edit_then_reconstruct(image, folder, tmp_path):
+    stored, out = tmp_path / "a.safetensors", tmp_path / "out.png"
+    given = ("--source", SOURCE, "--model", folder, "--steps", 3)
+    assert retour("invert", image, *given, "-o", stored, "--inverter", "edict") == 0
+    assert retour("edit", stored, "--target", TARGET, "--model", folder, "-o", out) == 0
+    assert read_record(out)["inverter"] == "edict"
+    assert retour("reconstruct", stored, "--model", folder, "-o", out) == 0
+
+
+def test_method_options(image, folder, tmp_path):
+    out = tmp_path / "out.png"
+    more = ("-I", "form=overwrite", "-E", "cross-steps=0.8", "-E", "reweight=green:2")
+    assert edit(image, folder, out, *more) == 0
+    record = read_record(out)
+    assert record["inverter_options"]["form"] == "overwrite"
+    assert record["editor_options"]["cross_steps"] == 0.8
+
+
+def test_methods_is_a_table_and_a_list(capsys):
+    assert retour("methods", "--task", "invert", "--exact", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [m["name"] for m in listed] == ["edict"]
+    assert {"name", "task", "title", "arxiv", "exact", "order", "nfe"} <= set(listed[0])
+    assert retour("methods") == 0
+    assert "p2p" in capsys.readouterr().out
+
+
+def test_cite(capsys):
+    assert retour("cite", "direct") == 0
+    assert "2310.01506" in capsys.readouterr().out
+
+
+def _no_file(tmp_path):
+    return tmp_path / "none.png", {}
+
+
+def _bad_files(tmp_path):
+    empty = tmp_path / "empty.png"
+    empty.write_bytes(b"")
+    text = tmp_path / "text.png"
+    text.write_text("hello")
+    cut = tmp_path / "cut.png"
+    Image.effect_noise((64, 64), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:500])
+    wide = tmp_path / "wide.png"
+    Image.new("1", (30_000, 8)).save(wide)
+    return {"empty": empty, "text": text, "cut": cut, "wide": wide, "none": tmp_path / "none.png"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("empty", "0 bytes"),
+        ("text", "not a picture"),
+        ("cut", "damaged"),
+        ("wide", "30,000 x 8"),
+        ("none", "no file"),
+    ],
+)
+def test_bad_pictures(kind, says, folder, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert edit(_bad_files(tmp_path)[kind], folder, out) == 2
+    _one_sentence(capsys.readouterr().err, says)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--inverter", "dirct"), "did you mean 'direct'"),
+        (("--editor", "p2"), "unknown edit method 'p2'"),
+        (("--steps", "0"), "at least 1"),
+        (("--steps", "5000"), "1000 training steps, got 5000"),
+        (("--guidance", "nan"), "guidance is nan"),
+        (("--source", ""), "prompt"),
+        (("--target", " "), "prompt"),
+        (("--model", "emoji-nuet"), "unknown model 'emoji-nuet'"),
+        (("--model", "weights.ckpt"), "single file"),
+        (("--device", "abacus"), "unknown device"),
+        (("-o", "/nowhere/out.png"), "no folder '/nowhere'"),
+        (("-o", "out.xyz"), "end its name in"),
+        (("-I", "form"), "KEY=VALUE"),
+        (("-I", "every=often"), "takes int, got 'often'"),
+        (("--mask", "none.png"), "no file"),
+    ],
+)
+def test_bad_arguments(more, says, image, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert edit(image, folder, tmp_path / "out.png", *more) == 2
+    _one_sentence(capsys.readouterr().err, says)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def _one_sentence(text: str, says: str) -> None:
+    assert text.count("\n") == 1 and "Traceback" not in text
+    assert says in text
+
+
+def test_damaged_and_foreign_inversions(image, folder, tmp_path, capsys):
+    stored = tmp_path / "a.safetensors"
+    given = ("--source", SOURCE, "--model", folder, "--steps", 2)
+    assert retour("invert", image, *given, "-o", stored) == 0
+    other = tmp_path / "other"
+    tiny.sd2().save_pretrained(other)
+    capsys.readouterr()
+    out = tmp_path / "out.png"
+    assert retour("edit", stored, "--target", TARGET, "--model", other, "-o", out) == 2
+    _one_sentence(capsys.readouterr().err, "was made with model")
+    stored.write_bytes(stored.read_bytes()[:-100])
+    assert retour("edit", stored, "--target", TARGET, "--model", folder, "-o", out) == 2
+    _one_sentence(capsys.readouterr().err, "damaged")
+    assert not out.exists()
+
+
+def test_pickles_are_refused(image, folder, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "pickled"
+    shutil.copytree(folder, copy)
+    weights = next((copy / "unet").glob("*.safetensors"))
+    weights.unlink()
+    torch.save({}, copy / "unet" / "diffusion_pytorch_model.bin")
+    assert edit(image, str(copy), tmp_path / "out.png") == 2
+    _one_sentence(capsys.readouterr().err, "can run code")
+
+
+def test_long_prompt_says_what_was_cut(image, folder, tmp_path, capsys):
+    long = " ".join(["green apple"] * 20)
+    assert edit(image, folder, tmp_path / "out.png", "--target", long) == 0
+    assert "cut" in capsys.readouterr().err
+
+
+def test_usage_errors_and_help():
+    assert shell("edit").returncode == 2
+    assert shell("--help").returncode == 0
+    assert shell("frobnicate").returncode == 2
+
+
+def test_help_loads_no_torch():
+    code = "import sys, retour.cli; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_interrupt_leaves_nothing_half_written(image, folder, tmp_path, monkeypatch, capsys):
+    network = DiffusersUNet.network
+
+    def interrupted(self, x, t, condition):
+        os.kill(os.getpid(), signal.SIGINT)
+        return network(self, x, t, condition)
+
+    monkeypatch.setattr(DiffusersUNet, "network", interrupted)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert edit(image, folder, tmp_path / "out.png") == 130
+    _one_sentence(capsys.readouterr().err, "stopped")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_nan_tensor_is_refused():
+    from retour import RetourError, invert, load
+
+    tensor = torch.full((3, 16, 16), np.nan)
+    with pytest.raises(RetourError, match="NaN"):
+        invert(load(tiny.sd1()), tensor, SOURCE)
