@@ -1,14 +1,16 @@
 """Compare inverters on the paired set, where the true edited image is known.
 
-    python benchmarks/paired.py [--model emoji-unet] [--inverters ddim,direct] [--editor p2p] [--limit N] [--batch 16]
-                                [--guidance W] [--steps N] [--suite FOLDER] [--out DIR]
+    python benchmarks/paired.py [--model emoji-unet] [--inverters ddim,direct] [--editor p2p]
+                                [--limit N] [--batch 16] [--guidance W] [--steps N]
+                                [--suite FOLDER] [--out DIR]
 
-All methods get the same prompts, guidance and steps. Two rows come without any edit: "copy the input", and "VAE ceiling",
-the input encoded and decoded, which is the best that an edit in latent space can do for the background. Columns, mean and 95 %
-interval:
+All methods get the same prompts, guidance and steps. Two rows come without any edit: "copy the
+input", and "VAE ceiling", the input encoded and decoded, which is the best that an edit in
+latent space can do for the background. Columns, mean and 95 % interval:
 
 - PSNR of the background (pixels that the edit must leave alone), strict and as PIE-Bench counts
-- structure distance x 1000 between input and output, with the substitute backbone that the header names
+- structure distance x 1000 between input and output, with the substitute backbone that the
+  header names
 - distance x 1000 to the true edited image: mean square error inside the mask (0 is perfect)
 - network evaluations and seconds per image
 
@@ -101,7 +103,8 @@ def ceiling(model: Model) -> Method:
 
     def run(items: Sequence[Item]) -> Outcome:
         begun = time.perf_counter()
-        fitted = [retour.io.fit(i.image, native=model.native, multiple=model.multiple) for i in items]
+        shape = {"native": model.native, "multiple": model.multiple}
+        fitted = [retour.io.fit(item.image, **shape) for item in items]
         images = api.decode(model, api.encode(model, [image for image, _ in fitted]))
         back = [place.restore(image) for image, (_, place) in zip(images, fitted, strict=True)]
         return Outcome(back, 0.0, (time.perf_counter() - begun) / len(items))
@@ -109,9 +112,7 @@ def ceiling(model: Model) -> Method:
     return run
 
 
-def method(
-    model: Model, inverter: str, editor: str, guidance: float, steps: int | None
-) -> Method:
+def method(model: Model, inverter: str, editor: str, guidance: float, steps: int | None) -> Method:
     """Invert with one inverter and edit."""
 
     def run(items: Sequence[Item]) -> Outcome:
@@ -166,7 +167,7 @@ def _edit_error(item: Item, output: torch.Tensor) -> float:
 
 
 def run_all(methods: dict[str, Method], suite: Suite, batch: int) -> list[Measure]:
-    """Run every method on the whole set, batch by batch in turn, so that all meet the same machine."""
+    """Run every method on the whole set; they take turns, so that all meet the same machine."""
     clip, measures = EmojiClip(), []
     for items in tqdm(list(batches(suite.items, batch)), desc="batches"):
         for name, run in methods.items():
@@ -190,7 +191,7 @@ def means(measures: Sequence[Measure], names: Sequence[str]) -> dict[str, dict[s
 def differences(
     measures: Sequence[Measure], names: Sequence[str]
 ) -> dict[str, dict[str, Interval]]:
-    """"a - b" -> measure -> mean paired difference with interval, for all pairs of methods."""
+    """ "a - b" -> measure -> mean paired difference with interval, for all pairs of methods."""
     return {
         f"{a} - {b}": {
             c.field: paired_difference(values(measures, a, c.field), values(measures, b, c.field))
@@ -247,7 +248,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--guidance", type=float, help="of all methods; the model's by default")
     parser.add_argument("--steps", type=int, help="of all methods; the model's by default")
-    parser.add_argument("--suite", type=Path, help="folder in PIE-Bench's format; the paired set by default")
+    parser.add_argument(
+        "--suite", type=Path, help="folder in PIE-Bench's format; else the paired set"
+    )
     parser.add_argument("--border", action="store_true", help="PIE-Bench's border rule for masks")
     parser.add_argument("--out", type=Path, default=Path("runs/paired"))
     return parser.parse_args()
@@ -267,7 +270,8 @@ def main() -> None:
     methods = {COPY: copy, CEILING: ceiling(model), **inverters}
     given.out.mkdir(parents=True, exist_ok=True)
     with quiet():
-        next(iter(inverters.values()))(suite.items[:1])  # warm up: the first run allocates and compiles
+        # The first run allocates: it is nobody's time.
+        next(iter(inverters.values()))(suite.items[:1])
         measures = run_all(methods, suite, given.batch)
     report = {
         "model": model.name,
@@ -287,8 +291,9 @@ def main() -> None:
     save_json(plain(report), given.out / "paired.json")
     write_csv(measures, given.out / "paired.csv")
     print(
-        f"{len(suite)} pairs of {suite.name!r}, {model.name} ({model.fingerprint}), {given.editor}, "
-        f"{report['steps']} steps, guidance {guidance:g}; structure: {report['structure_backbone']}"
+        f"{len(suite)} pairs of {suite.name!r}, {model.name} ({model.fingerprint}), {given.editor},"
+        f" {report['steps']} steps, guidance {guidance:g};"
+        f" structure: {report['structure_backbone']}"
     )
     print(table("mean [95 %]", report["means"]))
     print(table("paired difference", report["differences"], starred=True))

@@ -1,9 +1,9 @@
 r"""Analytic models with exact answers.
 
-Data is a mixture of isotropic Gaussians, :math:`\sum_k w_k N(m_k, q_k^2 I)`. On every noise path its
-best denoiser is known in closed form; with one component so is the probability flow:
+Data is a mixture of isotropic Gaussians, :math:`\sum_k w_k N(m_k, q_k^2 I)`. On every noise path
+its best denoiser is known in closed form; with one component so is the probability flow:
 
-.. math:: x_s = \alpha_s m + (x_t - \alpha_t m) \sqrt{V_s / V_t}, \qquad V = \alpha^2 q^2 + \sigma^2.
+.. math:: x_s = \alpha_s m + (x_t - \alpha_t m) \sqrt{V_s / V_t}, \quad V = \alpha^2 q^2 + \sigma^2.
 
 The mixture's flow is found by classical Runge-Kutta of order 4 with many steps. "Prompts" choose
 components by name, so that guidance, branches and editing run on these models too.

@@ -10,10 +10,10 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 
+import tiny
 from retour import cli
 from retour.io import read_record
 from retour.models.diffusers_unet import DiffusersUNet

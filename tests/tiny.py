@@ -1,4 +1,4 @@
-"""Tiny randomly initialised pipelines of every family, made by diffusers' own classes, without files.
+"""Tiny randomly initialised pipelines of every family, of diffusers' own classes, without files.
 
 Each call builds afresh, in eval mode and always with the same weights: mutate freely. Pictures are
 16 x 16 (latents 4 x 8 x 8); prompts hold at most 16 tokens, words of `WORDS` being one token each.

@@ -66,16 +66,14 @@ class Result:
         """Picture `index` at the size of the input that it came from."""
         return self.placements[index].restore(self.images[index])
 
-    def save(
-        self, path: str | PathLike[str], *, index: int = 0, keep_size: bool = False
-    ) -> None:
+    def save(self, path: str | PathLike[str], *, index: int = 0, keep_size: bool = False) -> None:
         """Save one picture; a PNG carries the record."""
         image = self.original_size(index) if keep_size else self.images[index]
         save_image(image, path, self.record)
 
 
 def methods(task: str | None = None, **facts: Any) -> list[Entry]:
-    """All registered methods whose declared facts match, e.g. `methods(task="invert", exact=True)`."""
+    """All methods whose declared facts match, e.g. `methods(task="invert", exact=True)`."""
     return entries(task, **facts)
 
 
@@ -96,7 +94,7 @@ def _methods_of(what: Result | Inversion | str) -> list[Entry]:
     return used + ([get("edit", what.record["editor"])] if "editor" in what.record else [])
 
 
-# --- Inversion -------------------------------------------------------------------------------------
+# --- Inversion ------------------------------------------------------------------------------------
 
 
 def invert(
@@ -185,8 +183,8 @@ def refuse_impossible(model: Model, *chosen: Entry) -> None:
         if missing:
             others = [e.name for e in entries(entry.task) if e.needs <= model.capabilities]
             raise RetourError(
-                f"{entry.task} method {entry.name!r} needs {', '.join(sorted(missing))}, which model "
-                f"{model.name!r} does not offer: use {', '.join(others)}"
+                f"{entry.task} method {entry.name!r} needs {', '.join(sorted(missing))}, which "
+                f"model {model.name!r} does not offer: use {', '.join(others)}"
             )
     provided = frozenset().union(*(e.provides for e in chosen))
     for entry in chosen:
@@ -253,7 +251,7 @@ def _cut(model: Model, prompts: Sequence[str]) -> dict[str, str]:
     return {p: cut for p, cut in cuts.items() if cut}
 
 
-# --- The way back ----------------------------------------------------------------------------------
+# --- The way back ---------------------------------------------------------------------------------
 
 
 def reconstruct(inversion: Inversion, *, guidance: float | None = None) -> Result:
@@ -426,9 +424,7 @@ def _placements(inversion: Inversion) -> list[Placement]:
     ]
 
 
-def _result(
-    model: Model, latents: Tensor, inversion: Inversion, record: dict[str, Any]
-) -> Result:
+def _result(model: Model, latents: Tensor, inversion: Inversion, record: dict[str, Any]) -> Result:
     return Result(
         decode(model, latents), latents, inversion, record, placements=_placements(inversion)
     )

@@ -1,8 +1,8 @@
 """Proposes a source prompt for a picture, from the captions that the embedded CLIP knows.
 
-Two rounds of scoring keep the number of captions small: first every style and concept, then the best
-few of these with every colour and background. The result is a guess among known captions, and every
-record says when it was used.
+Three rounds of scoring keep the number of captions small: first the background, then every style
+and concept on it, then the best few of these in every colour. The result is a guess among known
+captions, and every record says when it was used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from torch import Tensor
 
 from .io import to_tensor
 
+Parts = tuple[str, str, str, str]
+
 KEEP = 6
+PROBES = 8
 CHUNK = 512
 
 
@@ -30,7 +33,7 @@ class Captioner:
 
     Args:
         folder: a transformers CLIP folder with a `captions.json` (lists `styles`, `concepts`,
-            `colours` and `backgrounds`; concepts ending in ``*`` take no article).
+            `colours` and `backgrounds`; concepts carry their article).
     """
 
     def __init__(self, folder: Path):
@@ -46,7 +49,7 @@ class Captioner:
         missing = [t for t in dict.fromkeys(texts) if t not in self._known]
         for start in range(0, len(missing), CHUNK):
             part = missing[start : start + CHUNK]
-            tokens = self.tokenizer(part, padding="max_length", truncation=True, return_tensors="pt")
+            tokens = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
             vectors = _features(self.model.get_text_features(**tokens))
             self._known.update(zip(part, vectors, strict=True))
         return torch.stack([self._known[t] for t in texts])
@@ -61,32 +64,53 @@ class Captioner:
         """Best-scoring caption for one picture."""
         image = self.embed_images([picture])[0]
         v = self.vocabulary
-        plain = [(s, "", c, "") for s, c in itertools.product(v["styles"], v["concepts"])]
+        ground = self._background(image)
+        plain = [(s, "", c, ground) for s, c in itertools.product(v["styles"], v["concepts"])]
         best = self._best(image, plain, KEEP)
         full = [
             (style, colour, concept, ground)
             for style, _, concept, _ in best
-            for colour, ground in itertools.product(["", *v["colours"]], v["backgrounds"])
+            for colour in ["", *v["colours"]]
         ]
         return caption(*self._best(image, full, 1)[0])
 
-    def _best(self, image: Tensor, parts: list[tuple[str, ...]], count: int) -> list[Any]:
+    def _background(self, image: Tensor) -> str:
+        """The background that fits best on average over a few concepts."""
+        v = self.vocabulary
+        some = v["concepts"][:: max(1, len(v["concepts"]) // PROBES)]
+        parts = itertools.product(v["backgrounds"], v["styles"], some)
+        texts = [caption(style, "", concept, ground) for ground, style, concept in parts]
+        scores = (self.embed_texts(texts) @ image).view(len(v["backgrounds"]), -1).mean(1)
+        return str(v["backgrounds"][int(scores.argmax())])
+
+    def _best(self, image: Tensor, parts: Sequence[Parts], count: int) -> list[Parts]:
         scores = self.embed_texts([caption(*p) for p in parts]) @ image
         return [parts[i] for i in scores.topk(count).indices.tolist()]
 
 
 def caption(style: str, colour: str, concept: str, background: str) -> str:
-    """Put a caption together; empty parts are left out."""
-    noun = _with_article(f"{colour} {concept}".strip())
-    ground = f"on {_with_article(background)} background" if background else ""
-    return " ".join(part for part in (style, noun, ground) if part)
+    """Put a caption together; empty parts are left out.
+
+    Args:
+        style: such as "a 3d render of".
+        colour: such as "red".
+        concept: with its article, such as "an apple"; nouns without one stay without.
+        background: such as "on a sky blue background".
+    """
+    return " ".join(p for p in (style, _coloured(colour, concept), background) if p)
 
 
-def _with_article(noun: str) -> str:
-    if noun.endswith("*"):
-        return noun[:-1]
-    vowel = noun[0] in "aeiou" and not noun.startswith(("uni", "ufo", "eu", "one"))
-    return f"{'an' if vowel else 'a'} {noun}"
+def _coloured(colour: str, concept: str) -> str:
+    article, _, noun = concept.partition(" ")
+    if not colour:
+        return concept
+    if article not in ("a", "an"):
+        return f"{colour} {concept}"
+    return f"{_article(colour)} {colour} {noun}"
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def _features(output: Any) -> Tensor:

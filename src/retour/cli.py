@@ -30,7 +30,8 @@ DEFAULT_MODEL = "emoji-unet"
 INVERSION_SUFFIX = ".safetensors"
 
 ImageArg = Annotated[
-    Path, typer.Argument(metavar="IMAGE", help="A picture, or an inversion file.", show_default=False)
+    Path,
+    typer.Argument(metavar="IMAGE", help="A picture, or an inversion file.", show_default=False),
 ]
 SourceOpt = Annotated[
     str | None, typer.Option("--source", help="What the picture shows; left out: a guess is made.")
@@ -222,7 +223,7 @@ def demo(
     _report(record, [Path(record["sheet"])], as_json)
 
 
-# --- Helpers ---------------------------------------------------------------------------------------
+# --- Helpers --------------------------------------------------------------------------------------
 
 
 def _outputs(out: Path, count: int) -> list[Path]:
@@ -234,8 +235,8 @@ def _outputs(out: Path, count: int) -> list[Path]:
     return paths
 
 
-def _pairs(options: Sequence[str] | None) -> dict[str, str]:
-    pairs = {}
+def _pairs(options: Sequence[str] | None) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
     for option in [] if options is None else options:
         key, sign, value = option.partition("=")
         if not sign or not key:
@@ -296,7 +297,9 @@ def _report(record: dict[str, Any], outs: Sequence[Path], as_json: bool) -> None
         _print_json(plain({**record, "outputs": [str(path) for path in outs]}))
         return
     names = ", ".join(str(path) for path in outs)
-    typer.echo(f"wrote {names} ({record['nfe']:.0f} network evaluations, {record['seconds']:.1f} s)")
+    typer.echo(
+        f"wrote {names} ({record['nfe']:.0f} network evaluations, {record['seconds']:.1f} s)"
+    )
 
 
 def _say(text: str) -> None:
@@ -316,7 +319,7 @@ def _print_table(head: Sequence[str], rows: Any) -> None:
 
 
 class Stopped(BaseException):
-    """Ctrl-C. The command-line library would turn a KeyboardInterrupt into "Aborted!" and code 1."""
+    """Ctrl-C; a KeyboardInterrupt would become the command-line library's own abort, code 1."""
 
 
 def _stop(*_: object) -> None:

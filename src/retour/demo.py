@@ -1,7 +1,8 @@
 """The demonstration and the README's gallery: real edits on the embedded models, on one sheet.
 
-`examples/gallery.json` lists pictures with their prompts and the edits to make of them. All pictures
-are inverted in one batch for each inverter, and all edits with equal options are made in one batch.
+`examples/gallery.json` lists pictures with their prompts and the edits to make of them. All
+pictures are inverted in one batch for each inverter, and all edits with equal options are made in
+one batch.
 """
 
 from __future__ import annotations
@@ -106,9 +107,7 @@ def _make_folder(out: Path) -> None:
         raise RetourError(f"cannot make the folder '{out}' ({error.strerror})") from None
 
 
-def make(
-    edits: Sequence[Edit], pictures: dict[str, tuple[Image.Image, str]]
-) -> Iterator[Done]:
+def make(edits: Sequence[Edit], pictures: dict[str, tuple[Image.Image, str]]) -> Iterator[Done]:
     """Make the edits, one batch for each set of equal options, in the order given."""
     done: dict[int, Done] = {}
     for numbers in _groups(edits, ("model", "inverter", "invert_options", "guidance")):
@@ -153,7 +152,7 @@ def _edit(inversion: Inversion, edits: Sequence[Edit]) -> api.Result:
     )
 
 
-# --- The sheet -------------------------------------------------------------------------------------
+# --- The sheet ------------------------------------------------------------------------------------
 
 
 def sheet(done: Sequence[Done], columns: int = COLUMNS) -> Image.Image:

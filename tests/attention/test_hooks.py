@@ -6,9 +6,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.transformers.transformer_flux import FluxAttention
 
 from attention.spies import AsControl, Blur, Maps, Spy
-from edit.runs import Euler, denoiser, model, noise
-from retour.attention.hooks import AttentionControl, hooked, token_grid
-from retour.core.branches import Branch, Denoiser
+from editors.runs import SOLVER, denoiser, model, noise
+from retour.attention.hooks import AttentionCall, AttentionControl, hooked, token_grid
+from retour.core.branches import Branch, Denoiser, Rows
 from retour.core.grid import Step
 from retour.core.loop import walk
 from retour.core.model import AttentionSite, Condition
@@ -219,7 +219,7 @@ def test_gradients_flow_through_the_maps(family):
 def run(den, controls, steps=3):
     grid = den.model.grid(steps)
     start = State(noise(len(den.branches)))
-    return walk(Euler(), den, start, grid, down=True, controls=[AsControl(*controls)]).x
+    return walk(SOLVER, den, start, grid, down=True, controls=[AsControl(*controls)]).x
 
 
 @pytest.mark.slow
@@ -289,19 +289,18 @@ def masked(layer, x, text):
 def test_whatever_the_layer_does_around_attention_stays():
     torch.manual_seed(0)
     common = {"query_dim": 8, "heads": 2, "dim_head": 4}
+    texts = {"cross_attention_dim": 8}
     around = {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 2.0}
     made = [
         (Attention(**common, **around), "self", lambda layer, x, text: layer(x)),
-        (Attention(**common, cross_attention_dim=8, cross_attention_norm="layer_norm"), "cross", look),
-        (Attention(**common, cross_attention_dim=8), "cross", masked),
+        (Attention(**common, **texts, cross_attention_norm="layer_norm"), "cross", look),
+        (Attention(**common, **texts), "cross", masked),
     ]
     for layer, kind, call in made:
         bare = one_layer(layer, kind, call, [])
         spy, maps = Spy(), Maps()
         assert torch.equal(one_layer(layer, kind, call, [spy]), bare)
-        torch.testing.assert_close(
-            one_layer(layer, kind, call, [maps]), bare, rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(one_layer(layer, kind, call, [maps]), bare, rtol=1e-5, atol=1e-6)
         assert len(spy.calls) == 1 and maps.seen[0][0].grid == (4, 6)
     assert maps.seen[0][1][..., 3:].abs().max() == 0  # the last layer's mask
 
@@ -332,6 +331,19 @@ def test_flux_puts_the_text_first():
         one_layer(layer, "joint", call, [maps]), wanted, rtol=1e-5, atol=1e-6
     )
     assert (maps.seen[0][0].text, maps.seen[0][0].image) == (slice(0, 5), slice(5, 29))
+
+
+def test_flux_single_blocks_read_one_sequence():
+    torch.manual_seed(0)
+    layer = FluxAttention(query_dim=8, heads=2, dim_head=4, pre_only=True, bias=True)
+
+    def call(layer, x, text):
+        return picture(layer(torch.cat([text, flat(x)], 1))[:, 5:], x)
+
+    spy = Spy()
+    wanted = one_layer(layer, "joint", call, [])
+    assert torch.equal(one_layer(layer, "joint", call, [spy]), wanted)
+    assert (spy.calls[0].text, spy.calls[0].image) == (slice(0, 5), slice(5, 29))
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -390,6 +402,28 @@ def test_token_grids_follow_the_latents(height, width):
     while min(h, w) > 2:
         assert token_grid(h * w, height, width) == (h, w)
         h, w = (h + 1) // 2, (w + 1) // 2
+
+
+@pytest.mark.parametrize(
+    "latent, tokens, factor, coarse",
+    [
+        ((64, 64), (64, 64), 1, False),
+        ((64, 64), (32, 32), 2, True),
+        ((64, 96), (8, 12), 8, True),
+        ((65, 33), (33, 17), 2, True),
+        ((16, 16), (8, 8), 2, True),
+    ],
+)
+def test_resolutions_are_relative_to_the_latents(latent, tokens, factor, coarse):
+    def at(place):
+        site = AttentionSite("x", torch.nn.Identity(), "self", place, 0, 0.0)
+        image = slice(0, tokens[0] * tokens[1])
+        return AttentionCall(site, None, 0.5, Rows(), image, None, latent, 1)
+
+    assert at("up").factor == factor and at("up").grid == tokens
+    assert at("up").within(0.5) is coarse
+    assert at("up").within(1.0) and at("block").within(0.5)
+    assert not at("up").within(0.1)
 
 
 def test_tokens_that_fit_no_grid_are_refused():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attention.spies import AsControl, Blur, Maps
-from edit.runs import Euler, denoiser, model, noise
+from editors.runs import SOLVER, denoiser, model, noise
 from retour.attention.store import AttentionStore
 from retour.core.loop import walk
 from retour.core.state import State
@@ -18,7 +18,7 @@ def run(family, controls, size=(8, 12)):
     den = denoiser(family, PROMPTS)
     grid = model(family).grid(STEPS)
     start = State(noise(4, size=size))
-    walk(Euler(), den, start, grid, down=True, controls=[AsControl(*controls)])
+    walk(SOLVER, den, start, grid, down=True, controls=[AsControl(*controls)])
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd3"])

@@ -1,12 +1,12 @@
-"""Every adapter against the pipeline that it reads: same conditions, same samples, nothing changed."""
+"""Every adapter against its pipeline: same conditions, same samples, nothing changed."""
 
 import copy
 
 import pytest
-import tiny
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
+import tiny
 from retour.core.model import Model, evaluate
 from retour.core.path import levels
 from retour.errors import RetourError
@@ -127,11 +127,13 @@ def test_ddim_of_the_pipeline_is_reproduced(prediction, to_one):
     _assert_ddim(pipe, (8, 8))
 
 
+# In linspace spacing diffusers steps to t - T // N, which is not its own next time.
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddim_spacings(spacing):
     _assert_ddim(tiny.sd2(timestep_spacing=spacing), (8, 12))
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file:FutureWarning")
 def test_ddim_without_offset_ends_with_a_null_step():
     pipe = tiny.sd1(steps_offset=0)
     assert load(pipe).grid(STEPS).times[0] == 0
@@ -224,9 +226,7 @@ def test_network_equals_the_bare_call(family, pipe, dtype):
         else:
             t = (t * 1000).round()
             added = {"text_embeds": given.get("pooled"), "time_ids": given.get("time_ids")}
-            out = pipe.unet(
-                x.to(dtype), t.long(), given["embeds"], added_cond_kwargs=added
-            ).sample
+            out = pipe.unet(x.to(dtype), t.long(), given["embeds"], added_cond_kwargs=added).sample
     ours = model.network(x, t, condition)
     assert ours.dtype == torch.float64
     assert torch.equal(ours, out.double())
@@ -254,10 +254,9 @@ def test_output_depends_on_the_text_and_the_time(pipe):
         assert float((base - other).std() / base.std()) > 1e-2
 
 
-def test_clean_end_and_fractional_times(family, pipe):
-    if family == "sd3":
-        pytest.skip("the flow has no level below zero")
-    model = load(pipe)
+@pytest.mark.parametrize("make", [tiny.sd1, tiny.sd2, tiny.sdxl])
+def test_clean_end_and_fractional_levels(make):
+    model = load(make())
     x, condition = noise(1, 4, 8, 8), model.embed(["a cat"])
     values = [model.network(x, torch.tensor([t]), condition) for t in (-1.0, 0.0, 1.0, 0.5)]
     assert torch.equal(values[0], values[1])
@@ -357,6 +356,10 @@ def test_refusals_of_schedulers():
         load(pipe)
     with pytest.raises(RetourError, match="at most the model's 1000 training steps, got 1001"):
         load(tiny.sd1()).grid(1001)
+    pipe = tiny.sd3()
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(RetourError, match="DDIMScheduler knows no flow"):
+        load(pipe)
 
 
 def test_refusals_of_networks():

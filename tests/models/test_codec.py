@@ -1,9 +1,9 @@
 """The picture codec: shapes, scaling from the config, mode and not sample, precision."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from retour.errors import RetourError
 from retour.models.codec import Codec
 from retour.models.load import load

@@ -1,11 +1,11 @@
-"""Words and their tokens for every kind of tokenizer; prompts that are cut; the cache of prompts."""
+"""Words and their tokens for every tokenizer; prompts that are cut; the store of prompts."""
 
 import logging
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from retour.core.model import Word
 from retour.models.load import load
 from retour.models.text import TextTower, token_spans

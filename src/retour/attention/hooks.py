@@ -321,9 +321,7 @@ class _Watch(TorchFunctionMode):
         # A processor of the old kind scales by what its layer says; its twin takes the default.
         self.forced = {"scale": layer.scale} if twin else {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
         if func is not F.scaled_dot_product_attention or self.seen:
             return func(*args, **kwargs)

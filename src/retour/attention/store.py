@@ -78,9 +78,7 @@ class AttentionStore(AttentionControl):
         near = min(reversed(stored), key=lambda f: abs(math.log(f / factor)))
         return self._sums[branch, image, near] / self._counts[branch, image, near]
 
-    def word(
-        self, branch: str, image: int, tokens: tuple[int, ...], factor: float = 4.0
-    ) -> Tensor:
+    def word(self, branch: str, image: int, tokens: tuple[int, ...], factor: float = 4.0) -> Tensor:
         """Map (h, w) of some tokens together: their sum."""
         maps = self.maps(branch, image, factor)
         return maps[..., torch.tensor(tokens, dtype=torch.long, device=maps.device)].sum(-1)

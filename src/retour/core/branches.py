@@ -1,8 +1,8 @@
 """Branches: an editing run is one batch with named rows.
 
-The *state* of a run stacks branches (``source``, ``target``, ...), each of B images. One network call
-stacks the *rows* that those branches need: an unconditional row where a branch is guided, and a
-conditional one. Controls address rows by name, never by index arithmetic.
+The *state* of a run stacks branches (``source``, ``target``, ...), each of B images. One network
+call stacks the *rows* that those branches need: an unconditional row where a branch is guided, and
+a conditional one. Controls address rows by name, never by index arithmetic.
 """
 
 from __future__ import annotations
@@ -85,11 +85,26 @@ class Layout:
         return tuple(n for n in self.names if n != "source")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What one network call evaluates: conditional rows last, in the state's order.
+
+    Attributes:
+        rows: names of the R rows.
+        condition: their R conditions.
+        reads: (R,) the state row that each of them reads.
+    """
+
+    rows: Rows
+    condition: Condition
+    reads: Tensor
+
+
 class Denoiser:
     """A guided, counted denoiser over branches: `(x, t) -> Prediction`.
 
-    The attribute `branches` may be replaced between steps (per-step embeddings, schedules). `rows` and
-    `t` describe the call in progress, for attention hooks.
+    The attribute `branches` may be replaced between steps (per-step embeddings, schedules). `rows`
+    names the rows of the call in progress, for attention hooks; it is empty between calls.
     """
 
     def __init__(
@@ -105,6 +120,7 @@ class Denoiser:
         self.guidance: Guidance = CFG() if guidance is None else guidance
         self.ledger = Ledger() if ledger is None else ledger
         self.rows = Rows()
+        self._planned: tuple[tuple[tuple[Branch, ...], bool], Plan] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -121,36 +137,51 @@ class Denoiser:
         kept = [b for b in self.branches if b.name in names]
         return Denoiser(self.model, kept, guidance=self.guidance, ledger=self.ledger)
 
-    def plan(self, t: float) -> tuple[Rows, Condition, list[int]]:
-        """Rows of a call at `t`, their conditions, and the state row that each one reads."""
-        active = self.guidance.active(t)
-        halves = [("uncond", b.uncond, k) for k, b in enumerate(self.branches) if b.guided and active]
+    def plan(self, t: float) -> Plan:
+        """What a call at `t` evaluates; kept as long as the branches stay the same."""
+        key = (self.branches, self.guidance.active(t))
+        if (
+            self._planned is None
+            or self._planned[0][0] is not key[0]
+            or self._planned[0][1] != key[1]
+        ):
+            self._planned = key, self._make_plan(key[1])
+        return self._planned[1]
+
+    def _make_plan(self, active: bool) -> Plan:
+        halves = [
+            ("uncond", b.uncond, k) for k, b in enumerate(self.branches) if b.guided and active
+        ]
         halves += [("cond", b.condition, k) for k, b in enumerate(self.branches)]
         images = self.layout.images
         rows = Rows(
             Row(self.branches[k].name, half, i) for half, _, k in halves for i in range(images)
         )
-        index = [k * images + i for _, _, k in halves for i in range(images)]
+        reads = torch.tensor([k * images + i for _, _, k in halves for i in range(images)])
         condition = Condition.cat([c for _, c, _ in halves if c is not None])
-        return rows, condition, index
+        return Plan(rows, condition, reads)
 
     def __call__(self, x: Tensor, t: float) -> Prediction:
         """Guided prediction for the stacked state `x` (branches * B, C, h, w) at time `t`."""
-        self.rows, condition, index = self.plan(t)
-        raw = evaluate(self.model, x[index], t, condition, self.ledger)
-        cond_rows = self.rows.where(half="cond").to(x.device)
-        cond = raw.map(lambda face: face[cond_rows])
-        if len(cond_rows) == len(self.rows):
+        plan = self.plan(t)
+        self.rows = plan.rows
+        try:
+            raw = evaluate(self.model, x[plan.reads.to(x.device)], t, plan.condition, self.ledger)
+        finally:
+            # Hooks must not take another denoiser's call on the same network for this one's.
+            self.rows = Rows()
+        cond = raw.map(lambda face: face[len(plan.rows) - len(x) :])
+        if len(plan.rows) == len(x):
             return cond
-        return self._combine(raw, cond, x)
+        return self._combine(plan.rows, raw, cond, x)
 
-    def _combine(self, raw: Prediction, cond: Prediction, x: Tensor) -> Prediction:
+    def _combine(self, all_rows: Rows, raw: Prediction, cond: Prediction, x: Tensor) -> Prediction:
         x0, eps = [], []
         for branch in self.branches:
             part = self.layout[branch.name]
             guided = cond.map(lambda face, part=part: face[part])
             if branch.guided:
-                rows = self.rows.where(branch.name, "uncond").to(x.device)
+                rows = all_rows.where(branch.name, "uncond").to(x.device)
                 uncond = raw.map(lambda face, rows=rows: face[rows])
                 scale = torch.as_tensor(branch.scale, dtype=x.dtype, device=x.device)
                 guided = self.guidance(guided, uncond, scale)

@@ -8,6 +8,7 @@ shared features) matches in both directions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,9 +55,10 @@ class Grid:
 
     def __post_init__(self) -> None:
         pairs = zip(self.times, self.times[1:], strict=False)
-        if len(self.times) < 2 or not all(a < b for a, b in pairs):
+        increasing = all(a < b for a, b in pairs) and all(map(math.isfinite, self.times))
+        if len(self.times) < 2 or not increasing:
             raise RetourError(
-                f"a time grid needs at least two increasing times, got {self.times!r}"
+                f"a time grid needs at least two increasing finite times, got {self.times!r}"
             )
 
     @property
@@ -102,10 +104,12 @@ def discrete_grid(
     """
     check_steps(steps, train_steps)
     if spacing == "leading":
-        times = [k * (train_steps // steps) + offset for k in range(steps)]
+        ratio = train_steps // steps
+        # Where every level is asked for (N = T) the offset would leave the table.
+        offset = min(offset, train_steps - 1 - ratio * (steps - 1))
+        times = [k * ratio + offset for k in range(steps)]
     elif spacing == "trailing":
-        ratio = train_steps / steps
-        times = [round(train_steps - ratio * k) - 1 for k in range(steps)][::-1]
+        times = [round(train_steps - train_steps / steps * k) - 1 for k in range(steps)][::-1]
     elif spacing == "linspace":
         gaps = torch.linspace(0, train_steps - 1, steps, dtype=torch.float64)
         times = [int(t) for t in gaps.round()]
@@ -121,12 +125,12 @@ def discrete_grid(
 
 def shift(sigma: float, factor: float) -> float:
     r"""Resolution shift of a flow time, :math:`s' = k s / (1 + (k-1) s)`."""
-    return factor * sigma / (1 + (factor - 1) * sigma)
+    return factor * sigma / (factor * sigma + (1 - sigma))  # written so that 1 stays exactly 1
 
 
 def unshift(sigma: float, factor: float) -> float:
     """Inverse of :func:`shift`."""
-    return sigma / (factor - (factor - 1) * sigma)
+    return sigma / (sigma + factor * (1 - sigma))
 
 
 def flow_grid(steps: int, factor: float = 1.0) -> Grid:

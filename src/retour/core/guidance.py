@@ -2,7 +2,8 @@ r"""Guidance: how a conditional and an unconditional prediction become one.
 
 A guidance is a function of `(cond, uncond, scale, t)`. Linear guidance is the same in every
 parameterisation, so it acts on both faces of a :class:`~retour.core.path.Prediction` at once.
-``scale`` is the field's guidance scale: :math:`Z = Z_u + w (Z_c - Z_u)`, so 1 is the conditional model.
+``scale`` is the field's guidance scale: :math:`Z = Z_u + w (Z_c - Z_u)`, so 1 is the conditional
+model.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class CFG:
 class Rescaled:
     """Rescaled guidance: the guided noise brought back to the conditional's spread.
 
-    `phi` mixes it with the plain one (Lin et al., 2023, arXiv 2305.08891). Not linear: it acts on eps and
-    recovers x0 from the same latents, so nothing else about the state changes.
+    `phi` mixes it with the plain one (Lin et al., 2023, arXiv 2305.08891). Not linear: it acts on
+    eps and recovers x0 from the same latents, so nothing else about the state changes.
     """
 
     inner: Guidance = CFG()

@@ -48,6 +48,7 @@ def walk(
     layout, branches = denoiser.layout, denoiser.branches
     attention = control.attention()
     with ExitStack() as stack:
+        stack.callback(setattr, denoiser, "branches", branches)
         hooks = stack.enter_context(hooked(denoiser, attention)) if attention else None
         for step in stack.enter_context(bar(grid.walk(down=down), grid.steps, label)):
             if hooks is not None:
@@ -58,5 +59,4 @@ def walk(
             state = control.after_step(step, after, before, layout)
             for observer in observers:
                 observer(Event(step, state, denoiser))
-    denoiser.branches = branches
     return state.with_x(control.finish(state.x, layout))

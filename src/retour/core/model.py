@@ -23,7 +23,8 @@ class Condition:
     """Conditioning tensors of a batch of prompts.
 
     Attributes:
-        tensors: name -> (B, ...) tensors (`embeds` (B, L, D) always; `pooled`, `time_ids`, ... as needed).
+        tensors: name -> (B, ...) tensors (`embeds` (B, L, D) always; `pooled`, `time_ids`, ... as
+            needed).
         prompts: the B prompts they came from.
     """
 
@@ -121,19 +122,19 @@ class Model(Protocol):
         """Where the network runs."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> scaled float64 latents (posterior mode, never a sample)."""
+        """Images (B, 3, H, W) in [-1, 1] -> scaled float64 latents: posterior mode, no sample."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> float32 images (B, 3, H, W), about [-1, 1]."""
 
     def embed(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Condition:
-        """Prompts -> condition; `size` is the image's (height, width) where a model conditions on it."""
+        """Prompts -> condition; `size` is the image's (height, width), for models that use it."""
 
     def tokens(self, prompt: str) -> Tokens:
         """Tokenise one prompt as the (first) text encoder does."""
 
     def network(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Bare network: latents (R, C, h, w) of any float dtype and path times (R,) -> raw float64 output."""
+        """Bare network: latents (R, C, h, w), path times (R,) -> raw float64 output."""
 
     def grid(self, steps: int) -> Grid:
         """The model's own sampling grid with `steps` steps."""

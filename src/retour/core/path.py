@@ -1,8 +1,8 @@
 r"""Noise paths and the exact conversions between the things a network may predict.
 
-Every path is :math:`x_t = \alpha(t)\,x_0 + \sigma(t)\,\epsilon` with :math:`t` growing towards noise.
-With :math:`X = E[x_0|x_t]` and :math:`E = E[\epsilon|x_t]` all parameterisations are affine images of
-each other at fixed :math:`(x_t, t)`:
+Every path is :math:`x_t = \alpha(t)\,x_0 + \sigma(t)\,\epsilon` with :math:`t` growing towards
+noise. With :math:`X = E[x_0|x_t]` and :math:`E = E[\epsilon|x_t]` all parameterisations are affine
+images of each other at fixed :math:`(x_t, t)`:
 
 =============  ==============================  =====================================================
 kind           meaning                         recovers
@@ -14,11 +14,11 @@ kind           meaning                         recovers
 ``score``      :math:`-E/\sigma`               :math:`E = -\sigma S`
 =============  ==============================  =====================================================
 
-``velocity`` is the rectified-flow output (diffusers' sign, from data to noise). For other paths it is
-the velocity in *flow coordinates* :math:`y = x/(\alpha+\sigma)`, :math:`u = \sigma/(\alpha+\sigma)`,
-in which every path is the linear flow :math:`y_u = (1-u)x_0 + u\epsilon`: so each flow solver runs on
-each path, and Euler there is exactly DDIM. The probability-flow velocity :math:`dx/dt` (kind ``ode``)
-needs the path's derivatives, see :meth:`Path.rates`.
+``velocity`` is the rectified-flow output (diffusers' sign, from data to noise). For other paths it
+is the velocity in *flow coordinates* :math:`y = x/(\alpha+\sigma)`, :math:`u =
+\sigma/(\alpha+\sigma)`, in which every path is the linear flow :math:`y_u = (1-u)x_0 + u\epsilon`:
+so each flow solver runs on each path, and Euler there is exactly DDIM. The probability-flow
+velocity :math:`dx/dt` (kind ``ode``) needs the path's derivatives, see :meth:`Path.rates`.
 
 Reference: Lai et al., "The Principles of Diffusion Models", 2025, arXiv 2510.21890.
 """
@@ -29,6 +29,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -83,20 +84,30 @@ class Path(ABC):
         return alpha, sigma
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
-        r"""Sample the forward kernel: :math:`\alpha(t) x_0 + \sigma(t) \epsilon`, in `x0`'s dtype."""
+        r"""Forward kernel :math:`\alpha(t) x_0 + \sigma(t) \epsilon`, in `x0`'s dtype."""
         alpha, sigma = levels(self, t, x0)
         return alpha * x0 + sigma * noise
 
 
 def levels(path: Path, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `(alpha, sigma)` on `like`'s device and dtype; a vector `t` of length B is given trailing axes."""
-    pair = []
-    for level in (path.alpha(t), path.sigma(t)):
-        level = level.to(device=like.device, dtype=like.dtype)
-        if level.ndim == 1 and like.ndim > 1:
-            level = level.reshape(-1, *[1] * (like.ndim - 1))
-        pair.append(level)
-    return pair[0], pair[1]
+    """Return `(alpha, sigma)` on `like`'s device and dtype.
+
+    A vector `t` of length B is given trailing axes, so that it broadcasts over `like` (B, ...).
+    """
+    pair = (path.alpha(t), path.sigma(t)) if isinstance(t, Tensor) else _scalar_levels(path, t)
+    alpha, sigma = (level.to(device=like.device, dtype=like.dtype) for level in pair)
+    if alpha.ndim == 1 and like.ndim > 1:
+        shape = (-1, *[1] * (like.ndim - 1))
+        return alpha.reshape(shape), sigma.reshape(shape)
+    return alpha, sigma
+
+
+@lru_cache(maxsize=4096)
+def _scalar_levels(path: Path, t: float) -> tuple[Tensor, Tensor]:
+    # A run asks for the same few times again and again; a table's levels are not free. Kept levels
+    # must be ordinary tensors: one made under inference mode would break a later gradient.
+    with torch.inference_mode(False):
+        return path.alpha(t), path.sigma(t)
 
 
 class FlowPath(Path):
@@ -120,7 +131,10 @@ class FlowPath(Path):
 
 @dataclass(frozen=True)
 class LinearVP(Path):
-    r"""Continuous VP with linear beta: :math:`\log\alpha = -t^2(\beta_1-\beta_0)/4 - t\beta_0/2`, t in [0, 1]."""
+    r"""Continuous VP, linear beta: :math:`\log\alpha = -t^2(\beta_1-\beta_0)/4 - t\beta_0/2`.
+
+    `t` is in [0, 1].
+    """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -215,8 +229,8 @@ class DiscreteVP(Path):
     r"""A table of :math:`\bar\alpha` at the integer training steps (SD 1.x, 2.x, SDXL).
 
     `t = 0 .. T-1` are the trained levels; `t = -1` is clean data (:math:`\bar\alpha = 1`), so both
-    conventions for the last level (``set_alpha_to_one``) are ordinary times. Between integers the half
-    log-SNR is interpolated linearly; between -1 and 0 :math:`\bar\alpha` is.
+    conventions for the last level (``set_alpha_to_one``) are ordinary times. Between integers the
+    half log-SNR is interpolated linearly; between -1 and 0 :math:`\bar\alpha` is.
 
     Args:
         alphas_cumprod: (T,) decreasing, in (0, 1].
@@ -238,8 +252,11 @@ class DiscreteVP(Path):
         low = inner.floor().clamp(max=self.t_noise - 1).long()
         part = inner - low
         lam = self.table[low] * (1 - part) + self.table[low + 1] * part
-        exact = torch.where(part == 0, self.abar[low], torch.sigmoid(2 * lam))
+        smooth = torch.sigmoid(2 * lam)
+        exact = torch.where(part == 0, self.abar[low], smooth)
         exact = torch.where(part == 1, self.abar[low + 1], exact)
+        # The table's values, but the interpolation's slope: `rates` holds at trained levels too.
+        exact = smooth + (exact - smooth).detach()
         return torch.where(t < 0, self.abar[0] - t.clamp(-1, 0) * (1 - self.abar[0]), exact)
 
     def alpha(self, t: Time) -> Tensor:
@@ -261,7 +278,7 @@ class DiscreteVP(Path):
 
 
 def betas(schedule: str, start: float, end: float, steps: int) -> Tensor:
-    """Return the (steps,) float64 betas of the named discrete schedule: `linear` or `scaled_linear`."""
+    """Return the (steps,) float64 betas of a schedule: `linear` or `scaled_linear`."""
     if schedule == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if schedule == "scaled_linear":
@@ -341,6 +358,4 @@ def from_ode_velocity(path: Path, value: Tensor, x: Tensor, t: Time) -> Predicti
     alpha, sigma = path.alpha(t), path.sigma(t)
     alpha_rate, sigma_rate = path.rates(t)
     w = alpha * sigma_rate - alpha_rate * sigma
-    return Prediction(
-        (sigma_rate * x - sigma * value) / w, (alpha * value - alpha_rate * x) / w
-    )
+    return Prediction((sigma_rate * x - sigma * value) / w, (alpha * value - alpha_rate * x) / w)

@@ -1,7 +1,7 @@
 """The one list of everything retour can do, with declared facts.
 
-`@register(...)` on a class makes it a command-line choice, a row of the docs' tables, a menu entry, a
-citation, and a subject of the registry-wide tests. Nothing else needs touching to add a method.
+`@register(...)` on a class makes it a command-line choice, a row of the docs' tables, a menu entry,
+a citation, and a subject of the registry-wide tests. Nothing else needs touching to add a method.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Paper:
     venue: str = ""
 
     def bibtex(self, key: str) -> str:
-        """BibTeX entry; `@inproceedings` or `@article` only where the venue says so, else `@misc`."""
+        """BibTeX entry: `@misc`, with the venue as a note."""
         fields = {"title": self.title, "author": self.authors, "year": str(self.year)}
         if self.arxiv:
             fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
@@ -109,9 +110,7 @@ class Entry:
             "requires": sorted(self.requires),
             "provides": sorted(self.provides),
             "extra": self.extra,
-            "options": {
-                f.name: _plain_default(f) for f in dataclasses.fields(self.options)
-            },
+            "options": {f.name: _plain_default(f) for f in dataclasses.fields(self.options)},
             **self.facts,
         }
 
@@ -127,21 +126,27 @@ _entries: dict[tuple[str, str], Entry] = {}
 def register(name: str, *, task: str, **facts: Any) -> Callable[[C], C]:
     """Class decorator: register a method under `name` for `task` with its declared facts.
 
-    `facts` are the fields of :class:`Entry`; `options` defaults to none. Sets are given as any iterable.
+    `facts` are the fields of :class:`Entry`; `options` defaults to none. Sets are given as any
+    iterable.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r} for method {name!r}")
 
     def add(cls: C) -> C:
-        sets = {k: frozenset(facts.pop(k)) for k in ("needs", "requires", "provides") if k in facts}
+        named = [k for k in ("needs", "requires", "provides") if k in facts]
+        sets: dict[str, Any] = {k: frozenset(facts.pop(k)) for k in named}
         options = facts.pop("options", NoOptions)
         key = (task, name)
-        if key in _entries and _entries[key].factory.__qualname__ != cls.__qualname__:
+        if key in _entries and _identity(_entries[key].factory) != _identity(cls):
             raise ValueError(f"{task} method {name!r} is registered twice")
         _entries[key] = Entry(name=name, task=task, factory=cls, options=options, **facts, **sets)
         return cls
 
     return add
+
+
+def _identity(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
 
 
 def _load_all() -> None:
@@ -183,7 +188,7 @@ def get(task: str, name: str) -> Entry:
 
 
 def build_options(entry: Entry, given: Mapping[str, Any]) -> Any:
-    """Make the entry's options dataclass from plain values (strings are parsed by declared type)."""
+    """Make the entry's options from plain values; strings are parsed by declared type."""
     hints = typing.get_type_hints(entry.options)
     names = [f.name for f in dataclasses.fields(entry.options)]
     for name in given:
@@ -194,23 +199,51 @@ def build_options(entry: Entry, given: Mapping[str, Any]) -> Any:
 
 
 def _parse(method: str, name: str, value: Any, hint: Any) -> Any:
-    if not isinstance(value, str) or hint is str:
+    kinds = _kinds(hint)
+    named = [c for k in kinds if typing.get_origin(k) is typing.Literal for c in typing.get_args(k)]
+    if value in named or str in kinds and isinstance(value, str):
         return value
-    choices = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        if value not in choices:
-            raise unknown(f"value of {method!r} option {name!r}", value, [str(c) for c in choices])
+    if isinstance(value, str):
+        return _parse_text(method, name, value, kinds, named)
+    if any(_fits(value, k) for k in kinds):
         return value
-    if value.lower() in ("none", "") and type(None) in choices:
+    raise _refused(method, name, value, kinds, named)
+
+
+def _parse_text(method: str, name: str, text: str, kinds: list[Any], named: list[Any]) -> Any:
+    if text.lower() in ("none", "") and type(None) in kinds:
         return None
-    kinds = [k for k in (bool, int, float, str) if k is hint or k in choices]
-    for kind in kinds:
+    for kind in (k for k in (bool, int, float) if k in kinds):
         try:
-            return _parse_bool(value) if kind is bool else kind(value)
+            return _parse_bool(text) if kind is bool else kind(text)
         except ValueError:
             continue
-    wanted = " or ".join(k.__name__ for k in kinds) if kinds else str(hint)
-    raise RetourError(f"option {name!r} of {method!r} takes {wanted}, got {value!r}")
+    raise _refused(method, name, text, kinds, named)
+
+
+def _refused(method: str, name: str, value: Any, kinds: list[Any], named: list[Any]) -> RetourError:
+    if named:
+        return unknown(f"value of {method!r} option {name!r}", value, [str(c) for c in named])
+    names = ["none" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds]
+    wanted = " or ".join(names)
+    return RetourError(f"option {name!r} of {method!r} takes {wanted}, got {value!r}")
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """Members of a union, or the type itself."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return list(typing.get_args(hint))
+    return [hint]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        numbers = (int, float) if kind is float else int
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    if typing.get_origin(kind) is typing.Literal:
+        return False
+    base = typing.get_origin(kind) or kind
+    return isinstance(value, base) if isinstance(base, type) else True
 
 
 def _parse_bool(value: str) -> bool:

@@ -1,8 +1,8 @@
 """The protocol of a solver: one step `t -> s`, the same object in both directions.
 
 Solvers live in `retour.solvers`, register themselves with `task="solver"` and declare ``order``,
-``nfe_per_step``, ``exact`` (inverting and generating are inverse maps) and ``stochastic``; the tests
-assert the declaration of every registered solver.
+``nfe_per_step``, ``exact`` (inverting and generating are inverse maps) and ``stochastic``; the
+tests assert the declaration of every registered solver.
 """
 
 from __future__ import annotations
@@ -42,5 +42,5 @@ class Plain:
 
 
 def kind_of(denoise: Denoise) -> str:
-    """What the network behind it predicts (a :class:`~retour.core.branches.Denoiser` says so), else eps."""
+    """What the network behind it predicts; a :class:`~.branches.Denoiser` says so, else eps."""
     return str(getattr(denoise, "kind", "eps"))

@@ -62,7 +62,8 @@ class Inversion:
         condition: the B source conditions.
         negative: the B negative (empty) conditions.
         guidance: guidance scale used while inverting.
-        extras: further tensors (N or N+1, B, ...): offsets, noise maps, embeddings, named by the method.
+        extras: further tensors (N or N+1, B, ...): offsets, noise maps, embeddings, named by the
+            method.
         record: facts of the run (NFE, seconds, versions, picture placement, ...), JSON values.
         model: the live model (never saved).
     """
@@ -146,7 +147,7 @@ class Inversion:
         """Connect a live model, after checking that it is the one the inversion was made with."""
         if model.fingerprint != self.fingerprint:
             raise RetourError(
-                f"{source} was made with model {self.model_name!r} (fingerprint {self.fingerprint}), "
+                f"{source} was made with model {self.model_name!r} ({self.fingerprint}), "
                 f"not with {model.name!r} ({model.fingerprint}): load that model, or invert again"
             )
         self.model = model
@@ -206,9 +207,7 @@ def _restore(
     cls: type[Inversion], header: dict[str, Any], tensors: dict[str, Tensor], path: object
 ) -> Inversion:
     def group(name: str) -> dict[str, Tensor]:
-        return {
-            k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}/")
-        }
+        return {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
 
     try:
         inversion = cls(
@@ -224,14 +223,28 @@ def _restore(
             extras=group("extras"),
             record=header["record"],
         )
-        expected = (inversion.grid.steps + 1, len(inversion.condition))
-        coherent = tuple(inversion.states["x"].shape[:2]) == expected
-        finite = all(bool(torch.isfinite(v).all()) for v in inversion.states.values())
-    except (KeyError, TypeError, AttributeError, RetourError) as error:
-        raise RetourError(f"{path!r} lacks parts of an inversion ({error!r}): invert again") from None
-    if not (coherent and finite):
+        coherent = _coherent(inversion)
+    except (KeyError, IndexError, TypeError, AttributeError, RetourError) as error:
+        raise RetourError(
+            f"{path!r} lacks parts of an inversion ({error!r}): invert again"
+        ) from None
+    if not coherent:
         raise RetourError(f"{path!r} holds states that do not fit its grid: invert again")
     return inversion
+
+
+def _coherent(inv: Inversion) -> bool:
+    """Whether all tensors have the shapes that grid and prompts call for, and states are finite."""
+    batch, levels = len(inv.condition), (inv.grid.steps + 1, inv.grid.steps)
+    conditions = [*inv.condition.tensors.values(), *inv.negative.tensors.values()]
+    return (
+        all(tuple(v.shape) == tuple(inv.states["x"].shape) for v in inv.states.values())
+        and inv.states["x"].shape[:2] == (levels[0], batch)
+        and all(v.shape[0] in levels and v.shape[1] == batch for v in inv.extras.values())
+        and all(len(v) == batch for v in conditions)
+        and len(inv.negative) == batch
+        and all(bool(torch.isfinite(v).all()) for v in inv.states.values())
+    )
 
 
 def stack(states: Sequence[State]) -> dict[str, Tensor]:

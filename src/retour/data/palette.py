@@ -70,7 +70,7 @@ def recolour(sprite: np.ndarray, name: str) -> np.ndarray:
     weight = paint_weight(rgba)
     luma = rgba[..., :3] @ _LUMA
     painted = luma[(weight > 0.5) & (rgba[..., 3] > 0.5)]
-    middle = float(np.clip(np.median(painted), 0.15, 0.85)) if painted.size else 0.5
+    middle = float(np.clip(np.median(painted), 0.15, 0.95)) if painted.size else 0.5
     colour = np.array(OBJECT_COLOURS[name], dtype=np.float32) / 255.0
     mixed = weight[..., None] * ramp(luma, colour, middle) + (1 - weight[..., None]) * rgba[..., :3]
     out = sprite.copy()

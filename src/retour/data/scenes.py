@@ -214,14 +214,16 @@ class Studio:
     def caption(self, scene: Scene, form: Form = Form()) -> str:
         """What the scene shows, in words."""
         crowd = len(scene.items) > 1
-        nouns = [
-            self.noun(item, scene.style, form.natural_colours, not crowd) for item in scene.items
-        ]
-        subject = " ".join([nouns[0], relation(*scene.items[:2]), nouns[1]]) if crowd else nouns[0]
-        place = "" if crowd or not form.place else corner_phrase(scene.items[0])
-        ground = f"on {with_article(scene.background)} background" if form.background else ""
-        style = STYLE_PHRASES[scene.style] if form.style else ""
-        return " ".join(part for part in (style, subject, place, ground) if part)
+        nouns = [self.noun(i, scene.style, form.natural_colours, not crowd) for i in scene.items]
+        if crowd:
+            nouns[:2] = [" ".join([nouns[0], relation(*scene.items[:2]), nouns[1]])]
+        subject = " and ".join(nouns)
+        place = corner_phrase(scene.items[0]) if form.place and len(scene.items) == 1 else ""
+        ground = f"{with_article(scene.background)} background"
+        parts = [STYLE_PHRASES[scene.style] if form.style else "", subject, place]
+        if form.background or not nouns:
+            parts.append(f"on {ground}" if nouns else ground)
+        return " ".join(part for part in parts if part)
 
     def change(self, scene: Scene, edit: Edit) -> Scene:
         """The scene after an edit."""

@@ -18,8 +18,9 @@ LocalBlend's mask, per image: the words' maps, averaged over steps, layers and h
 resolution nearest to 1/4 of the latents (16 x 16 for SD's 64 x 64) and summed over the words'
 tokens; max-pooled 3 x 3, brought to latent size (nearest), divided by its maximum, thresholded;
 united with the same mask of the source. `subtract` words remove their own mask, not pooled.
-Deviations: resolutions are found by size, not by position in a list of SD's layers; on maps finer
-than 16 x 16 the pooling window grows with them; maps are those before editing, as the paper says.
+Deviations: resolutions are found by size, not by position in a list of SD's layers, and on small
+latents maps of 8 x 8 are sought where 1/4 would be coarser; on maps finer than 16 x 16 the pooling
+window grows with them; maps are those before editing, as the paper says.
 
 Cost: none beyond the editor's own network calls.
 
@@ -48,6 +49,7 @@ from ..errors import RetourError
 from .base import EditJob
 
 POOLED_GRID = 16  # The paper pools 3 x 3 on a 16 x 16 grid.
+LEAST_GRID = 8  # On 4 x 4 maps a pooled mask is half the picture.
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class LocalBlend(Control):
             any token, are not blended.
         threshold: of the normalised map, in (0, 1).
         start: fraction of the steps to leave alone first (maps are still settling).
-        factor: latent size over map size that is sought.
+        factor: latent size over map size that is sought, if such maps have 8 x 8 places or more.
         store: where maps are collected; its own by default.
     """
 
@@ -110,7 +112,7 @@ class LocalBlend(Control):
         include = ((branch, tokens.target), ("source", tokens.source))
         exclude = ((branch, tokens.not_target), ("source", tokens.not_source))
         mask = self._union(include, image, size, pool=True)
-        return mask & ~self._union(exclude, image, size, pool=False)
+        return mask & ~self._union(exclude, image, size, pool=False).to(mask.device)
 
     def _union(
         self,
@@ -123,7 +125,8 @@ class LocalBlend(Control):
         union = torch.zeros(size, dtype=torch.bool)
         for branch, tokens in parts:
             if tokens:
-                heat = self.store.word(branch, image, tokens, self.factor)
+                factor = min(self.factor, min(size) / LEAST_GRID)
+                heat = self.store.word(branch, image, tokens, factor)
                 heat = normalised(heat, size, pool=pool)
                 union = union.to(heat.device) | (heat > self.threshold)
         return union

@@ -2,7 +2,7 @@ r"""Prompt-to-Prompt: the target keeps the source's attention maps, so it keeps 
 
 One batch carries a source branch and the target branches. In every hooked layer, for conditional
 rows, with :math:`M` the attention probabilities, :math:`R, \beta` the alignment of the two prompts
-(:mod:`retour.edit.align`), :math:`c` a scale per target token and :math:`\alpha_s\in\{0,1\}` the
+(:mod:`retour.editors.align`), :math:`c` a scale per target token and :math:`\alpha_s\in\{0,1\}` the
 schedule at step s (counted from the noisy end):
 
 .. math::
@@ -13,7 +13,7 @@ for text attention, and :math:`M_{tgt}\leftarrow M_{src}` for self-attention of 
 :math:`\lfloor T s_0\rfloor\le s<\lfloor T s_1\rfloor`. The text schedule has T+1 rows: on for
 :math:`\lfloor s_0(T+1)\rfloor\le s<\lfloor s_1(T+1)\rfloor`, with a range of its own for chosen
 words. The source row is never touched. *Replace*, *refine* and *reweight* are one formula here,
-with another R or c. :class:`~retour.edit.blend.LocalBlend` may confine the edit.
+with another R or c. :class:`~retour.editors.blend.LocalBlend` may confine the edit.
 
 Nothing is renormalised, as in the paper: a scaled or partly inherited row need not sum to one.
 
@@ -52,6 +52,7 @@ from .blend import BlendTokens, LocalBlend
 Range = tuple[float, float]
 Steps = float | str | tuple[float, float] | Mapping[str, Any]
 DEFAULT_WORD = "default_"
+OFF = (None, "", "none", "off")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class P2POptions:
         cross_steps: fraction of the steps, from the noisy end, with the source's text attention: an
             end (0.4), a range ("0.1-0.4"), with ranges for target words ("0.4,lemon:0.2").
         self_steps: the same for self-attention: an end or a range.
-        reweight: scales of target words: "fluffy:2,red:0.5".
+        reweight: scales of target words: "fluffy:2,red:0.5"; `none` for none.
         blend: confine the edit to where words look: "source words,target words"; "words" for both;
             `auto` for the words that differ; `off`.
         blend_subtract: words, in the same form, whose place is taken out of that.
@@ -132,6 +133,7 @@ class P2PAttention(AttentionControl):
         which, target, source = self._rows(call)
         if not which:
             return probs
+        target, source = target.to(probs.device), source.to(probs.device)
         if self._edits_text(call):
             probs = self._inherit_text(call, probs, which, target, source)
         if self._edits_self(call):
@@ -234,9 +236,7 @@ class PromptToPrompt:
         if not any(t.source or t.target for t in tokens.values()):
             return attend
         # The blend's store comes first: it sees the maps before they are edited.
-        blend = LocalBlend(
-            tokens, threshold=options.blend_threshold, start=options.blend_start
-        )
+        blend = LocalBlend(tokens, threshold=options.blend_threshold, start=options.blend_start)
         return Chain([blend, attend])
 
     def edit(self, source: Tokens, target: Tokens, steps: int) -> TokenEdit:
@@ -249,15 +249,15 @@ class PromptToPrompt:
         return TokenEdit(found.matrix, found.kept, scale, alpha)
 
     def _blend_tokens(self, source: Tokens, target: Tokens) -> BlendTokens:
-        words = self.options.blend
-        if words is None or words == "off":
+        words, subtract = self.options.blend, self.options.blend_subtract
+        if words is None or words in OFF:
             return BlendTokens()
         if words == "auto":
             include = differing(source, target)
         else:
             old, new = _sides(words)
             include = positions(source, old), positions(target, new)
-        old, new = _sides(self.options.blend_subtract or "")
+        old, new = _sides("" if subtract is None or subtract in OFF else subtract)
         return BlendTokens(*include, positions(source, old), positions(target, new))
 
     def _check_words(self, pairs: Iterable[tuple[Tokens, Tokens]]) -> None:
@@ -270,7 +270,7 @@ class PromptToPrompt:
             _require("cross_steps", word, targets)
         for name in ("blend", "blend_subtract"):
             value = getattr(options, name)
-            if value in (None, "off", "auto"):
+            if value in (*OFF, "auto"):
                 continue
             old, new = _sides(value)
             if old == new:
@@ -361,7 +361,7 @@ def _bad_range(name: str, value: object) -> RetourError:
 
 def parse_scales(value: str | Mapping[str, float] | None) -> dict[str, float]:
     """Read `reweight`: "fluffy:2,red:0.5" or a mapping from words to scales."""
-    if value is None:
+    if value is None or value in OFF:
         return {}
     if isinstance(value, str):
         value = dict(_split(part, "reweight", float) for part in value.split(","))

@@ -1,19 +1,22 @@
-r"""Metrics of an edit: pure functions of images (3, H, W), float in [0, 1], and masks (H, W) bool.
+r"""Metrics of an edit: pure functions of images and masks.
 
-`edited` marks the pixels that an edit may change; the background is the rest, of :math:`n` pixels of the image's
-:math:`N`. Two conventions:
+Images are (3, H, W) floats in [0, 1], masks (H, W) bool. `edited` marks the pixels that an edit may
+change; the background is the rest, :math:`n` of the image's :math:`N` pixels. Two conventions:
 
 - ``strict``: the mean over the background alone, :math:`\frac{1}{3n}\sum_{bg}(a-b)^2`.
-- ``pie_compat``: as PIE-Bench's evaluator, the product of both images with :math:`1-m`, averaged over *all* pixels:
-  :math:`\frac{n}{N}` times the strict error, so an image with a small background looks better.
+- ``pie_compat``: as PIE-Bench's evaluator, the product of both images with :math:`1-m`,
+  averaged over *all* pixels: :math:`\frac{n}{N}` times the strict error, so an image with a
+  small background looks better.
 
 Where there is no background the answer is NaN, which averages leave out.
 
-Structure distance: the mean square difference of two self-similarity matrices of patch features,
-:math:`S_{ij} = \cos(f_i, f_j)`. The published metric takes the keys of DINO ViT-B/8; :class:`EmojiClip` is a
-substitute that needs no download, and its figures compare only with each other.
+Structure distance: the mean square difference of two self-similarity matrices of patch
+features, :math:`S_{ij} = \cos(f_i, f_j)`. The published metric takes the keys of DINO ViT-B/8;
+:class:`EmojiClip` is a substitute that needs no download, and its figures compare only with
+each other.
 
-Reference: Ju et al., 2023, arXiv 2310.01506; structure distance: Tumanyan et al., 2022, arXiv 2201.00424.
+Reference: Ju et al., 2023, arXiv 2310.01506; structure distance: Tumanyan et al., 2022, arXiv
+2201.00424.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ def mse(
 
 
 def mse_inside(a: Tensor, b: Tensor, edited: np.ndarray | Tensor) -> float:
-    """Mean square error over the edited pixels alone: how far from the true edit; NaN without any."""
+    """Mean square error over the edited pixels alone; NaN where there are none."""
     return mse(a, b, ~_mask(edited, a))
 
 
@@ -93,7 +96,7 @@ def _mask(edited: np.ndarray | Tensor, image: Tensor) -> Tensor:
     mask = torch.as_tensor(edited).bool()
     if mask.shape != image.shape[-2:]:
         raise RetourError(
-            f"a mask of shape {tuple(mask.shape)} does not fit an image of {tuple(image.shape[-2:])}"
+            f"a mask of shape {tuple(mask.shape)} does not fit an image of {tuple(image.shape)}"
         )
     return mask
 
@@ -136,7 +139,7 @@ class EmojiClip:
     @cached_property
     def _tower(self) -> Any:
         if not self.available:
-            raise RetourError(f"there is no CLIP in '{self.folder}': name the folder of a CLIPModel")
+            raise RetourError(f"there is no CLIP in '{self.folder}': give a CLIPModel's folder")
         from transformers import CLIPModel
 
         model = CLIPModel.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32)

@@ -1,7 +1,8 @@
 """Intervals of means, and of differences between methods measured on the same items.
 
-The bootstrap resamples items with replacement and reads the percentiles of the resampled means. Comparing two
-methods, the *differences* per item are resampled: what makes an item hard for both cancels.
+The bootstrap resamples items with replacement and reads the percentiles of the resampled means.
+Comparing two methods, the *differences* per item are resampled: what makes an item hard for
+both cancels.
 
 Reference: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
 """

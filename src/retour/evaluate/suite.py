@@ -2,15 +2,18 @@
 
 A folder holds `mapping_file.json`, which maps an id to
 
-    image_path, original_prompt, editing_prompt, editing_instruction, editing_type_id, blended_word, mask
+    image_path, original_prompt, editing_prompt, editing_instruction, editing_type_id,
+    blended_word, mask
 
-and `annotation_images/<image_path>`. The mask is a flat list [start, length, start, length, ...] of runs over the image
-in row-major order; it marks the pixels that an edit may change. Square brackets in prompts mark the words that
-differ, and are stripped. `blended_word` is "source-word target-word", or "". The paired set adds `edited_image_path`
-(inside `edited_images/`): the *true* edited image, equal to the source outside the mask; and `split`, the part of the data
-whose concepts it shows.
+and `annotation_images/<image_path>`. The mask is a flat list [start, length, start, length,
+...] of runs over the image in row-major order; it marks the pixels that an edit may change.
+Square brackets in prompts mark the words that differ, and are stripped. `blended_word` is
+"source-word target-word", or "". The paired set adds `edited_image_path` (inside
+`edited_images/`): the *true* edited image, equal to the source outside the mask; and `split`,
+the part of the data whose concepts it shows.
 
-Reference: Ju et al., "Direct Inversion: Boosting Diffusion-based Editing with 3 Lines of Code", 2023, arXiv 2310.01506.
+Reference: Ju et al., "Direct Inversion: Boosting Diffusion-based Editing with 3 Lines of Code",
+2023, arXiv 2310.01506.
 """
 
 from __future__ import annotations
@@ -56,7 +59,9 @@ def encode_mask(mask: np.ndarray) -> list[int]:
     return [int(v) for v in np.stack([starts, ends - starts], 1).ravel()]
 
 
-def decode_mask(runs: Sequence[int], height: int, width: int, *, border: bool = False) -> np.ndarray:
+def decode_mask(
+    runs: Sequence[int], height: int, width: int, *, border: bool = False
+) -> np.ndarray:
     """Mask (height, width) bool of runs; what runs over the end of the image is cut.
 
     Args:
@@ -121,8 +126,7 @@ class Item:
 
     def mask(self) -> np.ndarray:
         """Where an edit may change the image, (H, W) bool at the input's size."""
-        with Image.open(self.image_path) as image:
-            width, height = image.size
+        width, height = self.image.size
         return decode_mask(self.runs, height, width, border=self.border)
 
 
@@ -180,7 +184,7 @@ def _read_mapping(folder: Path) -> Mapping[str, Any]:
         raise RetourError(
             f"'{folder}' is not a benchmark set: it has no {MAPPING}; name the folder that has it."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RetourError(f"cannot read '{path}' ({error}): download the set again.") from error
     if not isinstance(mapping, dict) or not mapping:
         raise RetourError(f"'{path}' maps no ids to edits: download the set again.")
@@ -220,9 +224,9 @@ def _words(blended: Any) -> tuple[str, str] | None:
 def _inside(folder: Path, name: Any, where: str) -> Path:
     path = folder / str(name)
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise RetourError(f"{where} points outside of its folder ({name!r}): do not trust this set.")
+        raise RetourError(f"{where} points outside of its folder ({name!r}): distrust this set.")
     if not path.is_file():
-        raise RetourError(f"{where} names '{path}', which does not exist: download the set again.")
+        raise RetourError(f"{where} names '{path}', which does not exist: get the set again.")
     return path
 
 

@@ -4,9 +4,9 @@ r"""DDIM inversion: the deterministic sampler's step with start and stop swapped
 
 The step from a cleaner to a noisier level has no closed inverse, so the network's answer at one end
 stands in for its answer at the other: a first-order approximation whose error is amplified by
-guidance. Paper and code differ in *when* the network is asked: the ODE reading asks at the level that
-the latents are at (``query="departure"``), all published editing code at the noisier end of the
-interval (``query="noisy"``, the default here, so that results compare).
+guidance. Paper and code differ in *when* the network is asked: the ODE reading asks at the level
+that the latents are at (``query="departure"``), all published editing code at the noisier end of
+the interval (``query="noisy"``, the default here, so that results compare).
 
 Cost: N evaluations (2N with `inversion_guidance` other than 1).
 

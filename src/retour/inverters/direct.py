@@ -10,15 +10,15 @@ editing guidance :math:`w`, the source branch alone is brought back to it after 
 while the target branch is left alone ("three lines of code"). The source therefore decodes to the
 VAE's own reconstruction whatever the guidance and the editor.
 
-Where we deviate: the published code computes all offsets in a pass of its own before editing (for
-N = 50: 50 + 200 + 200 = 450 evaluations, since that pass carries both branches and both halves). No
+Where we deviate: the published code computes all offsets in a pass of its own before editing (for N
+= 50: 50 + 200 + 200 = 450 evaluations, since that pass carries both branches and both halves). No
 control ever changes the source row, so the offset that the edit batch itself yields is the same
-number; ``form="offset"`` (default) takes it there: N + 4N = 250. ``form="two-pass"`` is the published
-order of things with the source branch only: N + 2N + 4N = 350, and stores the offsets. Stored offsets do
-not pull the source back onto its track: rounding that differs between the two passes (another batch
-shape) grows as the model lets it, so the other forms are the safer ones.
-``form="overwrite"`` writes :math:`z^*_{i-1}` directly and so needs no unconditional source row: N + 3N = 200;
-use it with editors that do not read that row.
+number; ``form="offset"`` (default) takes it there: N + 4N = 250. ``form="two-pass"`` is the
+published order of things with the source branch only: N + 2N + 4N = 350, and stores the offsets.
+Stored offsets do not pull the source back onto its track: rounding that differs between the two
+passes (another batch shape) grows as the model lets it, so the other forms are the safer ones.
+``form="overwrite"`` writes :math:`z^*_{i-1}` directly and so needs no unconditional source row: N +
+3N = 200; use it with editors that do not read that row.
 
 Cost: N evaluations to invert (3N for ``two-pass``).
 

@@ -6,7 +6,8 @@ every step can be undone algebraically; a mixing with :math:`p` keeps the pair t
 reconstruction exact up to rounding; editing swaps the prompt.
 
 Where we deviate: the paper samples the VAE posterior, we take its mode; state is float64 as in the
-paper, but the network may run in any precision, since the same evaluations recur in both directions.
+paper, but the network may run in any precision, since the same evaluations recur in both
+directions.
 
 Cost: 2N evaluations at guidance 1, 4N with guidance. Rounding grows by about :math:`1/p^N`.
 

@@ -1,8 +1,8 @@
 r"""Flow inversion by plain ODE solvers: Euler, midpoint (RF-Solver), Heun.
 
-The rectified-flow ODE :math:`dx = v\,ds` integrated from data (:math:`s=0`) to noise (:math:`s=1`) on
-the reversed sampling grid; the way back is the same solver on the same grid. One Euler step is the
-DDIM step with the network asked where the latents are, so ``euler`` is ``ddim`` with
+The rectified-flow ODE :math:`dx = v\,ds` integrated from data (:math:`s=0`) to noise (:math:`s=1`)
+on the reversed sampling grid; the way back is the same solver on the same grid. One Euler step is
+the DDIM step with the network asked where the latents are, so ``euler`` is ``ddim`` with
 ``query="departure"``, under the name that the flow literature uses. RF-Solver's published code is
 algebraically the explicit midpoint rule; its paper probes the derivative at a fixed distance 0.01
 (``probe=0.01``).
@@ -12,7 +12,8 @@ All three also run on VP models, in flow coordinates (see :mod:`retour.core.path
 Cost: N evaluations for Euler, 2N for the second-order ones.
 
 References: Liu et al., "Flow Straight and Fast", ICLR 2023, arXiv 2209.03003; Wang et al., "Taming
-Rectified Flow for Inversion and Editing", ICML 2025, arXiv 2411.04746; Karras et al., arXiv 2206.00364.
+Rectified Flow for Inversion and Editing", ICML 2025, arXiv 2411.04746; Karras et al., arXiv
+2206.00364.
 """
 
 from __future__ import annotations

@@ -90,11 +90,13 @@ class DiffusersModel(ABC):
         if self.net.config.in_channels != self.codec.channels:
             raise RetourError(
                 f"{self.name!r} has a network of {self.net.config.in_channels} input channels for "
-                f"latents of {self.codec.channels} (inpainting or instruction model): load the base model"
+                f"latents of {self.codec.channels} (inpainting, instructions): load the base model"
             )
         self.train_steps: int = pipe.scheduler.config.num_train_timesteps
         facts = {} if facts is None else facts
-        self.default_steps = int(facts.get("default_steps", _default(pipe, "num_inference_steps", STEPS)))
+        self.default_steps = int(
+            facts.get("default_steps", _default(pipe, "num_inference_steps", STEPS))
+        )
         self.default_guidance = float(
             facts.get("default_guidance", _default(pipe, "guidance_scale", GUIDANCE))
         )
@@ -155,7 +157,8 @@ class DiffusersModel(ABC):
 
         Args:
             prompts: B texts; "" is the unconditional prompt.
-            size: (height, width) of the image, for models that condition on it; `native` by default.
+            size: (height, width) of the image, for models that condition on it; `native` by
+                default.
         """
         prompts = tuple(prompts)
         if not prompts or not all(isinstance(p, str) for p in prompts):
@@ -214,7 +217,9 @@ class DiffusersModel(ABC):
         for prompt in prompts:
             cut = self.tokens(prompt).cut
             if cut:
-                logger.warning("prompt %r is too long for %s: %r is not read", prompt, self.name, cut)
+                logger.warning(
+                    "prompt %r is too long for %s: %r is not read", prompt, self.name, cut
+                )
 
 
 def _towers(pipe: Any) -> tuple[TextTower, ...]:
@@ -225,7 +230,9 @@ def _towers(pipe: Any) -> tuple[TextTower, ...]:
         if encoder is not None and tokenizer is not None:
             towers.append(_tower(pipe, tokenizer, encoder))
     if not towers:
-        raise RetourError(f"the pipeline {type(pipe).__name__} has no text encoder: load one with it")
+        raise RetourError(
+            f"the pipeline {type(pipe).__name__} has no text encoder: load one with it"
+        )
     return tuple(towers)
 
 

@@ -1,8 +1,9 @@
 r"""The picture codec of a latent model: a VAE with the scaling that its network was trained on.
 
-:math:`z = (\mu(\text{image}) - m)\, c / s`, where :math:`\mu` is the posterior's mode, never a sample, and the
-shift :math:`m`, the scale :math:`c` and the spread :math:`s` come from the VAE's config (`shift_factor` or
-`latents_mean`, `scaling_factor`, `latents_std`). The affine part is done in float64.
+:math:`z = (\mu(\text{image}) - m)\, c / s`, where :math:`\mu` is the posterior's mode, never a
+sample, and the shift :math:`m`, the scale :math:`c` and the spread :math:`s` come from the VAE's
+config (`shift_factor` or `latents_mean`, `scaling_factor`, `latents_std`). The affine part is done
+in float64.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Codec:
         self.scale = config.scaling_factor / _per_channel(std if whitened else 1.0)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> float64 latents (B, C, H/f, W/f) on the images' device."""
+        """Images (B, 3, H, W) in [-1, 1] -> float64 latents (B, C, H/f, W/f), on its device."""
         with gradients([images]), self._precise():
             out = self.vae.encode(images.to(execution_device(self.vae), self.vae.dtype))
             raw = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
@@ -57,15 +58,15 @@ class Codec:
 
     @contextmanager
     def _precise(self) -> Iterator[None]:
-        # SDXL's VAE overflows in float16 and says so in its config. Widening a user's own VAE for the
-        # call and narrowing it again gives back the very same bits.
+        # SDXL's VAE overflows in float16 and says so in its config. Widening a user's own VAE for
+        # the call and narrowing it again gives back the very same bits.
         if self.vae.dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
             yield
             return
         if torch.is_grad_enabled():
             raise RetourError(
-                "this float16 VAE must run in float32 (force_upcast), and gradients need it to stay "
-                "there: call vae.to(torch.float32) first"
+                "this float16 VAE must run in float32 (force_upcast), and gradients need it to "
+                "stay there: call vae.to(torch.float32) first"
             )
         self.vae.to(torch.float32)
         try:

@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5: an MM-DiT that predicts the velocity of the linear flow.
 
-Path times are s in [0, 1]; the network is told `s * num_train_timesteps`, in float32 (bfloat16 has no
-999.5). The text sequence is CLIP's tokens, then T5's.
+Path times are s in [0, 1]; the network is told `s * num_train_timesteps`, in float32 (bfloat16 has
+no 999.5). The text sequence is CLIP's tokens, then T5's.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ T5_TOKENS = 256
 class DiffusersSD3(DiffusersModel):
     """Adapter of `StableDiffusion3Pipeline`.
 
-    The condition holds `embeds` (B, L, D) and `pooled` (B, P). A missing second CLIP encoder leaves zeros
-    in its features and a missing T5 zeros in its tokens, as in SD3's own training; the fact
-    `t5_tokens` (a key of `retour.json`) says how long that part is, 0 for a model trained without it.
+    The condition holds `embeds` (B, L, D) and `pooled` (B, P). A missing second CLIP encoder leaves
+    zeros in its features and a missing T5 zeros in its tokens, as in SD3's own training; the fact
+    `t5_tokens` (a key of `retour.json`) says how long that part is, 0 for a model trained without
+    it.
     """
 
     def __init__(self, pipe: Any, *, facts: Mapping[str, Any] | None = None, **options: Any):
@@ -44,12 +45,12 @@ class DiffusersSD3(DiffusersModel):
         self.capabilities = frozenset({"attention", "flow", "gradients", "joint-attention", "text"})
         self.multiple = self.codec.factor * config.patch_size
         tokens = (config.sample_size // config.patch_size) ** 2
-        self.shift = flow_shift(pipe.scheduler.config, tokens)
+        self.shift = flow_shift(pipe.scheduler, tokens)
         self.t5_tokens = int((facts or {}).get("t5_tokens", _t5_tokens(pipe)))
         self.clips, self.t5 = self._split_towers()
 
     def network(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Bare MM-DiT: latents (R, C, h, w) and flow times (R,) -> velocity, float64 on `x`'s device."""
+        """Bare MM-DiT: latents (R, C, h, w) and flow times (R,) -> float64 velocity."""
         embeds, pooled = condition.tensors["embeds"], condition.tensors["pooled"]
         with gradients((x, embeds, pooled)):
             device, dtype = self.device, self.dtype
@@ -65,8 +66,8 @@ class DiffusersSD3(DiffusersModel):
     def grid(self, steps: int) -> Grid:
         """Uniform flow times, shifted once by the scheduler's factor.
 
-        The pipeline walks the same when given `sigmas = linspace(1, 1/N, N)`. Without them diffusers
-        shifts twice and ends in a tiny step.
+        The pipeline walks the same when given `sigmas = linspace(1, 1/N, N)`. Without them
+        diffusers shifts twice and ends in a tiny step.
         """
         return flow_grid(steps, self.shift)
 
@@ -76,7 +77,7 @@ class DiffusersSD3(DiffusersModel):
         side = self.net.config.pos_embed_max_size * self.multiple
         if max(height, width) > side:
             raise RetourError(
-                f"{self.name!r} has positions for sides up to {side}, got {width} x {height}: shrink the image"
+                f"{self.name!r} takes sides up to {side}, got {width} x {height}: shrink the image"
             )
         return shape
 
@@ -95,10 +96,12 @@ class DiffusersSD3(DiffusersModel):
 
     def _split_towers(self) -> tuple[tuple[TextTower, ...], TextTower | None]:
         if getattr(self.pipe, "text_encoder", None) is None:
-            raise RetourError(f"{self.name!r} lacks its first text encoder: load the pipeline with it")
+            raise RetourError(
+                f"{self.name!r} lacks its first text encoder: load the pipeline with it"
+            )
         third = getattr(self.pipe, "text_encoder_3", None)
         clips = tuple(tower for tower in self.towers if tower.encoder is not third)
-        if third is None:
+        if third is None or self.t5_tokens == 0:
             return clips, None
         long = self.towers[-1]
         return clips, TextTower(long.tokenizer, long.encoder, self.t5_tokens, long.convert)
@@ -110,7 +113,10 @@ class DiffusersSD3(DiffusersModel):
         clip = pad(clip, (0, config.joint_attention_dim - clip.shape[-1]))
         pooled = torch.cat([vector for _, vector in parts if vector is not None], dim=-1)
         pooled = pad(pooled, (0, config.pooled_projection_dim - pooled.shape[-1]))
-        return {"embeds": torch.cat([clip, self._long_text(prompts, clip)], dim=-2), "pooled": pooled}
+        return {
+            "embeds": torch.cat([clip, self._long_text(prompts, clip)], dim=-2),
+            "pooled": pooled,
+        }
 
     def _long_text(self, prompts: Sequence[str], clip: Tensor) -> Tensor:
         if self.t5 is None:

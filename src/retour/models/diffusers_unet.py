@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x, 2.x and XL: a UNet with cross-attention on the discrete VP path.
 
-The network predicts eps, v or x0 (the scheduler's config says which) at integer training levels; times
-between them are passed as they are, and the clean end t = -1 as level 0.
+The network predicts eps, v or x0 (the scheduler's config says which) at integer training levels;
+times between them are passed as they are, and the clean end t = -1 as level 0.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .sites import attention_sites
 class DiffusersUNet(DiffusersModel):
     """Adapter of `StableDiffusionPipeline` and `StableDiffusionXLPipeline`.
 
-    The condition holds `embeds` (B, L, D), and for SDXL `pooled` (B, P) and `time_ids` (B, 6): original
-    height and width, crop (0, 0), target height and width.
+    The condition holds `embeds` (B, L, D), and for SDXL `pooled` (B, P) and `time_ids` (B, 6):
+    original height and width, crop (0, 0), target height and width.
 
     SDXL's empty prompt: the pipeline gives zeros to a *missing* negative prompt if its config says
-    `force_zeros_for_empty_prompt`, and encodes an explicit "". Here both are "", and the config decides:
-    zeros if it says so, which is what the network was trained with.
+    `force_zeros_for_empty_prompt`, and encodes an explicit "". Here both are "", and the config
+    decides: zeros if it says so, which is what the network was trained with.
     """
 
     path: DiscreteVP
@@ -41,7 +41,11 @@ class DiffusersUNet(DiffusersModel):
         config = self.net.config
         if getattr(config, "time_cond_proj_dim", None) is not None:
             raise RetourError(
-                f"{self.name!r} is distilled to take its guidance scale as an input (LCM): load the base model"
+                f"{self.name!r} takes its guidance scale as an input (LCM): load the base model"
+            )
+        if pipe.config.get("requires_aesthetics_score", False):
+            raise RetourError(
+                f"{self.name!r} is a refiner, which asks for aesthetic scores: load the base model"
             )
         self.xl = config.addition_embed_type == "text_time"
         self.prediction = prediction_kind(pipe.scheduler.config)
@@ -52,7 +56,7 @@ class DiffusersUNet(DiffusersModel):
         self.zeros_for_empty = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
 
     def network(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Bare UNet: latents (R, C, h, w) and levels (R,) -> raw output, float64 on `x`'s device."""
+        """Bare UNet: latents (R, C, h, w) and levels (R,) -> float64 output, where `x` is."""
         given = condition.tensors
         with gradients((x, *given.values())):
             device, dtype = self.device, self.dtype
@@ -71,7 +75,7 @@ class DiffusersUNet(DiffusersModel):
             return out.to(x.device).double()
 
     def grid(self, steps: int) -> Grid:
-        """The pipeline's own DDIM grid: spacing, offset and last level from the scheduler's config."""
+        """The pipeline's own DDIM grid: its scheduler's spacing, offset and last level."""
         return vp_grid(self.pipe.scheduler.config, steps, self.train_steps)
 
     def attention_sites(self) -> list[AttentionSite]:
@@ -84,7 +88,9 @@ class DiffusersUNet(DiffusersModel):
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         if not self.xl:
             return {"embeds": self.towers[0].hidden(prompts, penultimate=False)[0]}
-        hidden, pooled = zip(*[t.hidden(prompts, penultimate=True) for t in self.towers], strict=True)
+        hidden, pooled = zip(
+            *[t.hidden(prompts, penultimate=True) for t in self.towers], strict=True
+        )
         dtype = self.towers[-1].encoder.dtype
         embeds = torch.cat(hidden, dim=-1).to(dtype)
         tensors = {"embeds": embeds, "pooled": next(p for p in pooled if p is not None)}
@@ -100,7 +106,7 @@ class DiffusersUNet(DiffusersModel):
         return {"time_ids": ids.to(self.device).repeat(count, 1)}
 
     def _facts(self) -> dict[str, Any]:
-        table = hashlib.sha256(memoryview(self.path.abar.numpy())).hexdigest()
+        table = hashlib.sha256(self.path.abar.numpy().data).hexdigest()
         return super()._facts() | {"levels": table, "zeros_for_empty": self.zeros_for_empty}
 
 

@@ -1,9 +1,9 @@
 """A short hash that says whether two models compute the same function.
 
-What is hashed: the names, shapes and *values* of all parameters, and a few facts (prediction kind, noise
-levels, scaling, head counts). Values are read as float32, which holds float16 and bfloat16 exactly: the
-same numbers give the same fingerprint on every device and in every storage type, but weights *rounded* to
-a narrower type are another model. Buffers and library versions are left out.
+What is hashed: the names, shapes and *values* of all parameters, and a few facts (prediction kind,
+noise levels, scaling, head counts). Values are read as float32, which holds float16 and bfloat16
+exactly: the same numbers give the same fingerprint on every device and in every storage type, but
+weights *rounded* to a narrower type are another model. Buffers and library versions are left out.
 
 Up to `EVERYTHING` values all are read. Larger models are sampled: an even stride over each tensor,
 `SAMPLE` values in all, at least one per tensor; training moves all of a tensor, so it is seen.
@@ -16,7 +16,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 EVERYTHING = 2**25
@@ -57,7 +56,7 @@ def fingerprint(modules: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> s
 
 
 def weight_version(modules: Mapping[str, nn.Module]) -> tuple[Any, ...]:
-    """A cheap mark that moves when an optimiser steps, parameters are added or their type changes."""
+    """A cheap mark that moves when parameters are stepped by an optimiser, added or cast."""
     weights = [w for module in modules.values() for w in module.parameters()]
     steps = sum(w._version for w in weights if not w.is_inference())
     return len(weights), steps, frozenset(w.dtype for w in weights)
@@ -77,4 +76,4 @@ def _bytes(weight: Tensor, stride: int) -> memoryview:
     if weight.is_meta:
         return memoryview(b"")
     values = weight.reshape(-1)[::stride].float().cpu().contiguous()
-    return memoryview(values.numpy())
+    return values.numpy().data

@@ -1,4 +1,4 @@
-"""Loading a model: embedded, from a folder, from the hub, or around a pipeline that is already there.
+"""Loading a model: embedded, from a folder or the hub, or around a pipeline that is there.
 
 Importing this module, and listing the embedded models, loads neither torch nor diffusers.
 """
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent.parent / "weights"
 INDEX = "model_index.json"
 FACTS = "retour.json"
+CHECKER = "safety_checker"
 SAFE = ".safetensors"
+HUB_SECONDS = 10.0
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
 def embedded() -> dict[str, dict[str, Any]]:
-    """Facts of each embedded model by name: `summary`, `pipeline`, `bytes`, defaults where it has its own."""
+    """Facts of each embedded model by name: `summary`, `pipeline`, `bytes`, its own defaults."""
     if not WEIGHTS.is_dir():
         return {}
     folders = sorted(index.parent for index in WEIGHTS.glob(f"*/{INDEX}"))
@@ -47,15 +49,18 @@ def load(
     """Make a model ready for use.
 
     Args:
-        model: name of an embedded model, folder of a diffusers pipeline, hub id ("owner/name"), or a
+        model: name of an embedded model, folder of a diffusers pipeline, hub id ("owner/name"), or
+            a
             diffusers pipeline object, which is left exactly as it is.
         device: where to run; by default the GPU if there is one.
-        dtype: type of the weights; by default float32 on a CPU, the family's half precision elsewhere.
+        dtype: type of the weights; by default float32 on a CPU, the family's half precision
+            elsewhere.
         offload: keep weights in main memory and move each network to the GPU for its turn only.
         compile: run the denoising network through `torch.compile`.
 
     Raises:
-        RetourError: there is no such model, its weights are pickles, no adapter reads it, or the options
+        RetourError: there is no such model, its weights are pickles, no adapter reads it, or the
+            options
             ask to change a pipeline object.
     """
     if not isinstance(model, (str, os.PathLike)):
@@ -78,7 +83,7 @@ def _adapt(family: Family, pipe: Any, **options: Any) -> Model:
 def _around(pipe: Any, *, compile: bool, **asked: Any) -> Model:
     if not hasattr(pipe, "components") or not hasattr(pipe, "scheduler"):
         raise RetourError(
-            f"a model is given as a name, a folder or a diffusers pipeline, not as {type(pipe).__name__}"
+            f"a model is a name, a folder or a diffusers pipeline, not {type(pipe).__name__}"
         )
     changes = [name for name, value in asked.items() if value not in (None, False)]
     if changes:
@@ -111,7 +116,9 @@ def _locate(model: str) -> tuple[str, str]:
         raise unknown("model", model, embedded())
     if _is_hub_id(model):
         return model, model
-    raise RetourError(f"there is no folder {model!r}: give an existing one or a hub id 'owner/name'")
+    raise RetourError(
+        f"there is no folder {model!r}: give an existing one or a hub id 'owner/name'"
+    )
 
 
 def _is_hub_id(model: str) -> bool:
@@ -121,14 +128,18 @@ def _is_hub_id(model: str) -> bool:
 
 def _check_folder(folder: Path) -> None:
     if not (folder / INDEX).is_file():
-        raise RetourError(f"{str(folder)!r} has no {INDEX}: give the folder of a diffusers pipeline")
-    for part in (p for p in sorted(folder.iterdir()) if p.is_dir()):
+        raise RetourError(
+            f"{str(folder)!r} has no {INDEX}: give the folder of a diffusers pipeline"
+        )
+    # Only the parts that will be read: a training run leaves pickles of its own beside them.
+    parts = [folder / name for name in _json(folder / INDEX) if name != CHECKER]
+    for part in (p for p in parts if p.is_dir()):
         suffixes = {file.suffix for file in part.iterdir()}
         pickles = sorted(suffixes.intersection(PICKLES))
         if pickles and SAFE not in suffixes:
             raise RetourError(
-                f"{str(part)!r} offers its weights only as {pickles[0]} files, which can run code when "
-                "read: convert them to safetensors"
+                f"{str(part)!r} offers its weights only as {pickles[0]} files, which can run code "
+                "when read: convert them to safetensors"
             )
 
 
@@ -144,11 +155,16 @@ def _index(source: str) -> dict[str, Any]:
 
 
 def _download_index(hub_id: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
+    cached = try_to_load_from_cache(hub_id, INDEX)
+    if isinstance(cached, str):
+        return Path(cached)
     try:
+        # Asks once, where a download tries again for half a minute.
+        HfApi().model_info(hub_id, timeout=HUB_SECONDS)
         return Path(hf_hub_download(hub_id, INDEX))
-    except Exception as error:  # httpx, requests and hub errors have no common base across versions
+    except Exception as error:  # connection and hub errors have no common base across versions
         raise _unreachable(hub_id, error) from None
 
 
@@ -167,17 +183,18 @@ def _read(source: str, name: str, index: dict[str, Any], dtype: torch.dtype) -> 
     from .quiet import quietly
 
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
-    if "safety_checker" in index:
+    if CHECKER in index:
         # Only a pipeline's own call would use it, and that is never made.
-        options |= {"safety_checker": None, "requires_safety_checker": False}
+        options |= {CHECKER: None, "requires_safety_checker": False}
     if os.path.isdir(source):
         options |= {"local_files_only": True, "variant": _variant(Path(source))}
     try:
         with quietly():
             import diffusers
+            from safetensors import SafetensorError
 
             return getattr(diffusers, index["_class_name"]).from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise RetourError(f"the weights of {name!r} cannot be read ({reason})") from None
 
@@ -214,7 +231,9 @@ def _device(device: str | torch.device | None, offload: bool) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise RetourError(f"device {str(place)!r} is not available here: choose 'cpu'")
     if offload and place.type == "cpu":
-        raise RetourError("offload moves networks to a GPU and back, but this runs on the CPU: leave it out")
+        raise RetourError(
+            "offload moves networks to a GPU and back, but this runs on the CPU: leave it out"
+        )
     return place
 
 
@@ -236,7 +255,7 @@ def _dtype(
 
 
 def _families() -> Iterator[Family]:
-    """The adapters: each module of this package that is called `diffusers_*` declares a `FAMILY`."""
+    """The adapters: each module `diffusers_*` of this package declares a `FAMILY`."""
     package = importlib.import_module(__package__)
     for info in pkgutil.iter_modules(package.__path__):
         if info.name.startswith("diffusers_"):
@@ -248,13 +267,21 @@ def _family(pipeline: str, name: str) -> Family:
     for family in families:
         if pipeline in family.pipelines:
             return family
-    raise unknown(f"kind of pipeline in {name!r}:", pipeline, [p for f in families for p in f.pipelines])
+    raise unknown(
+        f"kind of pipeline in {name!r}:", pipeline, [p for f in families for p in f.pipelines]
+    )
 
 
 def _describe(folder: Path) -> dict[str, Any]:
-    size = sum(file.stat().st_size for file in folder.rglob(f"*{SAFE}"))
+    files = {file.resolve() for file in folder.glob(f"*/*{SAFE}")}
+    size = sum(file.stat().st_size for file in files)
     index = _json(folder / INDEX)
-    return {"pipeline": index.get("_class_name", ""), "bytes": size, "summary": "", **_facts(folder)}
+    return {
+        "pipeline": index.get("_class_name", ""),
+        "bytes": size,
+        "summary": "",
+        **_facts(folder),
+    }
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Small facts about modules that adapters share: where they run, and whether to record gradients."""
+"""Facts about modules: where they run, and whether a call records gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Device that `module` computes on; under accelerate's offloading not the one its weights rest on."""
+    """Device that `module` computes on; offloaded weights may rest on another."""
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     if device is not None:

@@ -1,9 +1,9 @@
 """Text towers: a tokenizer with its encoder, and where the words of a prompt lie among its tokens.
 
-Placing words works for any tokenizer. Each token covers a span of characters of the prompt, told by a
-fast tokenizer's offsets, or else found by tokenising each word alone, or else (byte-level tokenizers)
-by decoding ever longer prefixes; a token belongs to each
-whitespace-separated word that its span overlaps.
+Placing words works for any tokenizer. Each token covers a span of characters of the prompt, told by
+a fast tokenizer's offsets, or else found by tokenising each word alone, or else (byte-level
+tokenizers) by decoding ever longer prefixes; a token belongs to each whitespace-separated word that
+its span overlaps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TextTower:
     """
 
     tokenizer: Any
-    encoder: nn.Module
+    encoder: Any
     limit: int
     convert: Callable[[str], str] = str
 
@@ -60,9 +60,7 @@ class TextTower:
         uses_mask = getattr(self.encoder.config, "use_attention_mask", False)
         mask = {"attention_mask": batch.attention_mask.to(device)} if uses_mask else {}
         with torch.no_grad():
-            out = self.encoder(
-                batch.input_ids.to(device), output_hidden_states=penultimate, **mask
-            )
+            out = self.encoder(batch.input_ids.to(device), output_hidden_states=penultimate, **mask)
         states = out.hidden_states[PENULTIMATE] if penultimate else out.last_hidden_state
         return states.to(self.encoder.dtype), getattr(out, "text_embeds", None)
 
@@ -90,7 +88,7 @@ def text_limit(tokenizer: Any, encoder: nn.Module) -> int:
 
 
 def place_words(prompt: str, spans: Sequence[Span], start: int = 0) -> tuple[Word, ...]:
-    """Give each word of `prompt` the tokens whose spans overlap it; `start` is the first's position.
+    """Give each word of `prompt` the tokens whose spans overlap it; the first is at `start`.
 
     A word that lost all its tokens (cut off, or dropped by the tokenizer) keeps an empty tuple.
     """
@@ -103,7 +101,7 @@ def place_words(prompt: str, spans: Sequence[Span], start: int = 0) -> tuple[Wor
 
 
 def token_spans(tokenizer: Any, prompt: str) -> tuple[list[int], list[Span]]:
-    """All token ids of `prompt`, uncut and without special tokens, and the characters each covers."""
+    """Token ids of `prompt`, uncut, without special tokens, and the characters each covers."""
     fast = bool(getattr(tokenizer, "is_fast", False))
     if fast:
         batch = _bare(tokenizer, prompt, return_offsets_mapping=True)
@@ -113,13 +111,11 @@ def token_spans(tokenizer: Any, prompt: str) -> tuple[list[int], list[Span]]:
 
 
 def _bare(tokenizer: Any, text: str, **options: Any) -> Any:
-    return tokenizer(
-        text, add_special_tokens=False, truncation=True, max_length=UNCUT, **options
-    )
+    return tokenizer(text, add_special_tokens=False, truncation=True, max_length=UNCUT, **options)
 
 
 def _spans_by_word(tokenizer: Any, prompt: str, ids: list[int]) -> list[Span]:
-    """The span of its word for each token; empty if words alone are not tokenised as they are here."""
+    """The span of its word for each token; empty if words alone give other tokens."""
     alone, spans = [], []
     for match in re.finditer(r"\S+", prompt):
         part = _bare(tokenizer, match.group())["input_ids"]

@@ -14,8 +14,9 @@ Written as the DDIM step plus a correction it has no infinities to guard by smal
 and c = 0 in the first step, after an infinite :math:`h_p` (its limit), and over an infinite h: a
 line in :math:`\lambda` cannot be followed to :math:`\pm\infty`. Those are the steps that touch
 exactly clean data (:math:`\sigma=0`) or pure noise (:math:`\alpha=0`); their plain DDIM error is
-one of second order on any grid that is smooth in :math:`\sigma/(\alpha+\sigma)`, so the order of
-the whole stays 2.
+one of second order on any grid that is smooth in :math:`\sigma/(\alpha+\sigma)`. On such a grid
+steps near an infinite :math:`\lambda` stay long in it, so the error of the whole is
+:math:`\ln N / N^2`; on grids that are smooth in :math:`\lambda` it is :math:`1/N^2`.
 
 Upwards the history is that of the upward walk. (A widely used inverse scheduler keeps the time
 levels of the downward one and so falls back to first order.)

@@ -3,8 +3,10 @@ r"""Second-order flow solvers that reuse a velocity: FireFlow and Adams-Bashfort
 In flow coordinates (see :mod:`retour.solvers._flow`), from :math:`a` to :math:`b`, :math:`h=b-a`:
 
 .. math::
-   \text{FireFlow:}\quad & p \leftarrow V\!\big(y_a + \tfrac{h}{2} p,\ a+\tfrac{h}{2}\big), \qquad y_b = y_a + h\,p \\
-   \text{AB2:}\quad & k = V(y_a, a), \qquad y_b = y_a + h k + \tfrac{h^2}{2}\,\frac{k - k_p}{a - a_p}
+   \text{FireFlow:}\quad & p \leftarrow V\!\big(y_a + \tfrac{h}{2} p,\ a+\tfrac{h}{2}\big), \qquad
+                           y_b = y_a + h\,p \\
+   \text{AB2:}\quad & k = V(y_a, a), \qquad
+                      y_b = y_a + h k + \tfrac{h^2}{2}\,\frac{k - k_p}{a - a_p}
 
 FireFlow is the midpoint rule with the previous step's mid velocity in place of :math:`V(y_a, a)`;
 only the first step asks for that. AB2's first step is Euler's.
@@ -81,7 +83,7 @@ class FireFlow(Plain):
     facts={"nfe_per_step": 1},
 )
 class AdamsBashforth(Plain):
-    """Two-step Adams-Bashforth; memory: `velocity` and `clock` of the previous point."""
+    """Two-step Adams-Bashforth; memory: `velocity` and `clock`, those of the previous point."""
 
     def __init__(self, options: NoOptions):
         self.options = options

@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from retour.core.model import Tokens, Word
-from retour.edit.align import align, differing, needleman_wunsch, positions, refine, replace
+from retour.editors.align import align, differing, needleman_wunsch, positions, refine, replace
 from retour.errors import RetourError
 from retour.models.text import TextTower
 

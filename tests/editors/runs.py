@@ -7,23 +7,14 @@ import torch
 import tiny
 from retour.core.branches import Branch, Denoiser
 from retour.core.loop import walk
-from retour.core.path import levels
-from retour.core.solver import Plain
 from retour.core.state import Inversion, State, stack
-from retour.edit.base import EditJob
+from retour.editors.base import EditJob
 from retour.models.load import load
+from retour.solvers.ddim import DDIM, DDIMOptions
 
 SCALE = 5.0
 SIZE = (8, 8)
-
-
-class Euler(Plain):
-    """DDIM, which on the linear flow is Euler."""
-
-    def step(self, denoise, state, step, path):
-        found = denoise(state.x, step.noisy)
-        alpha, sigma = levels(path, step.s, state.x)
-        return state.with_x(alpha * found.x0 + sigma * found.eps)
+SOLVER = DDIM(DDIMOptions())
 
 
 @cache
@@ -55,7 +46,7 @@ def inversion(family, sources, steps, start=None):
     grid = m.grid(steps)
     states = [State(noise(len(sources)) if start is None else start)]
     den = denoiser(family, {"source": sources})
-    walk(Euler(), den, states[0], grid, down=True, observers=[lambda e: states.append(e.state)])
+    walk(SOLVER, den, states[0], grid, down=True, observers=[lambda e: states.append(e.state)])
     named = stack(states[::-1])
     condition, negative = m.embed(sources), m.embed([""] * len(sources))
     return Inversion("none", {}, m.name, m.fingerprint, grid, named, condition, negative, model=m)
@@ -68,5 +59,5 @@ def edit(family, editor, inv, targets, *, mask=None, extra=(), scale=SCALE):
     den = denoiser(family, {**source, **{k: list(v) for k, v in targets.items()}}, scale)
     job = EditJob(m, inv, den.layout, targets, inv.grid, mask)
     state = State(inv.noise).tile(len(den.branches))
-    end = walk(Euler(), den, state, inv.grid, down=True, controls=[editor.control(job), *extra])
+    end = walk(SOLVER, den, state, inv.grid, down=True, controls=[editor.control(job), *extra])
     return dict(den.layout.split(end.x))

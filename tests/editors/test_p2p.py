@@ -1,15 +1,27 @@
 """Prompt-to-Prompt: the identities that an implementation must meet, on UNet and MM-DiT."""
 
+import json
+
 import pytest
 import torch
 
 from attention.spies import AsControl, Maps
-from edit.runs import denoiser, edit, inversion, model, noise
+from editors.runs import SOLVER, denoiser, edit, inversion, model, noise
 from retour.attention.store import AttentionStore
 from retour.core import registry
-from retour.edit.align import align
-from retour.edit.p2p import P2POptions, PromptToPrompt, schedule_table
-from retour.edit.reprompt import Reprompt
+from retour.core.control import Chain
+from retour.core.loop import walk
+from retour.core.state import State
+from retour.editors.align import align
+from retour.editors.base import EditJob
+from retour.editors.p2p import (
+    P2POptions,
+    PromptToPrompt,
+    cross_schedule,
+    parse_scales,
+    schedule_table,
+)
+from retour.editors.reprompt import Reprompt
 from retour.errors import RetourError
 
 FAMILIES = ("sd1", "sd3")
@@ -117,8 +129,6 @@ def test_unaligned_tokens_carry_the_networks_own_maps(inv, family):
         source_branch = True
 
         def control(self, job):
-            from retour.core.control import Chain
-
             return Chain([*first, editor.control(job)])
 
     edit(family, Both(), inv, targets, extra=[AsControl(after)])
@@ -129,7 +139,7 @@ def test_unaligned_tokens_carry_the_networks_own_maps(inv, family):
 
 
 def test_reweighting_scales_the_column_exactly(family, inv):
-    """Of a kept word (apple) and of a replaced one whose tokens share the old word's map (green)."""
+    """Of a kept word (apple), and of one whose tokens share the old word's map (green)."""
     old, new = words(family, SOURCE[0]), words(family, SAME_COUNT["target"][0])
     matrix = align(old, new, "replace").matrix.double()
     scale = torch.ones(len(new.ids), dtype=torch.float64)
@@ -192,6 +202,15 @@ def test_nothing_is_left_on_the_model(family, inv):
     assert all(a is b for a, b in zip(before, after, strict=True))
 
 
+def test_options_read_the_same_as_text_and_as_values():
+    text = cross_schedule("0.8,red:0.1-0.2")
+    assert text == cross_schedule({"default_": 0.8, "red": (0.1, 0.2)})
+    assert text == ((0.0, 0.8), {"red": (0.1, 0.2)})
+    assert cross_schedule("0.4") == cross_schedule(0.4) == ((0.0, 0.4), {})
+    assert parse_scales("red:2, big cat:-0.5") == {"red": 2.0, "big cat": -0.5}
+    assert parse_scales("none") == parse_scales(None) == {}
+
+
 def test_schedule_tables_have_one_row_more_than_steps():
     tokens = words("sd1", "a red pear")
     red = list(tokens.words[1].tokens)
@@ -209,9 +228,9 @@ def test_schedule_tables_have_one_row_more_than_steps():
 def test_registered_with_its_facts():
     entry = registry.get("edit", "p2p")
     assert entry.needs == {"attention"} and entry.factory.source_branch
-    made = entry.make(cross_steps="0.8", self_steps="0.1-0.4", reweight="red:2", blend="none")
-    assert made.options.cross_steps == 0.8 and made.options.blend is None
-    assert entry.make(cross_steps="0.8,red:0.1").options.cross_steps == "0.8,red:0.1"
+    entry.make(cross_steps="0.8", self_steps="0.1-0.4", reweight="red:2", blend="none")
+    entry.make(cross_steps={"default_": (0, 0.8), "red": 0.1}, reweight={"red": 2}, blend=None)
+    json.dumps(entry.describe())
     assert not registry.get("edit", "reprompt").factory.source_branch
 
 
@@ -248,8 +267,13 @@ def test_words_that_no_prompt_holds_are_refused(options, message):
         edit("sd1", p2p(**options), inv, LONGER)
 
 
-def test_denoisers_of_fewer_branches_are_left_alone(family):
-    """A source-only call inside a controlled run meets no target to edit."""
+def test_a_climb_is_left_alone(family, inv):
+    """Schedules count from the noisy end of a descent: on the way up the control sleeps."""
     den = denoiser(family, {"source": SOURCE, **LONGER})
-    few = den.only("source")
-    assert torch.equal(few(noise(1), 0.5).eps, den.only("source")(noise(1), 0.5).eps)
+    job = EditJob(model(family), inv, den.layout, LONGER, inv.grid)
+    start = State(inv.latents).tile(2)
+    controlled, bare = (
+        walk(SOLVER, den, start, inv.grid, down=False, controls=controls).x
+        for controls in ([p2p(**ALL_ON).control(job)], [])
+    )
+    assert torch.equal(controlled, bare)

@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edit.runs import edit, inversion, model
+from editors.runs import edit, inversion, model
 from retour.attention.store import AttentionStore
 from retour.core.branches import Layout
+from retour.core.control import Chain
 from retour.core.grid import Step
 from retour.core.state import State
-from retour.edit.base import EditJob
-from retour.edit.blend import BlendTokens, LocalBlend, MaskBlend, MaskEditor, normalised
-from retour.edit.p2p import P2POptions, PromptToPrompt
-from retour.edit.reprompt import Reprompt
+from retour.editors.base import EditJob
+from retour.editors.blend import BlendTokens, LocalBlend, MaskBlend, MaskEditor, normalised
+from retour.editors.p2p import P2POptions, PromptToPrompt
+from retour.editors.reprompt import Reprompt
 from retour.errors import RetourError
 
 SOURCES = ["a red apple on a cat", "a photo of a cat"]
@@ -57,8 +58,6 @@ def test_a_mask_goes_with_any_editor(family, inv, mask):
         source_branch = True
 
         def control(self, job):
-            from retour.core.control import Chain
-
             return Chain([PromptToPrompt().control(job), MaskBlend(job)])
 
     out = edit(family, Masked(), inv, TARGETS, mask=mask)
@@ -122,6 +121,16 @@ def test_the_mask_is_the_union_of_both_words_grown_by_one():
     without = LocalBlend({("target", 0): tokens}, store=store).mask("target", 0, (16, 16))
     wanted[:4, :4] = False
     assert torch.equal(without, wanted)
+
+
+def test_small_latents_take_finer_maps():
+    store = filled_store({("source", 0): spot(0, 0, 2), ("target", 0): spot(0, 0, 2)})
+    for branch in ("source", "target"):
+        store._add((branch, 0, 2), spot(7, 7, 2, size=8))
+    blend = LocalBlend({("target", 0): BlendTokens((2,), (2,))}, store=store)
+    fine, coarse = blend.mask("target", 0, (16, 16)), blend.mask("target", 0, (32, 32))
+    assert fine[-4:, -4:].all() and fine.sum() == 16
+    assert coarse[:16, :16].all() and coarse.sum() == 256
 
 
 def test_states_are_blended_after_the_start_only():

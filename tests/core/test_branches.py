@@ -1,0 +1,135 @@
+import pytest
+import torch
+
+import declarations as claims
+from problems import PATHS, ProblemModel, mixture, points
+from retour.core.branches import Branch, Denoiser, Layout, rescale
+from retour.core.model import Condition, Ledger, Model, evaluate
+
+MODEL = ProblemModel(mixture(), PATHS["vp"])
+
+
+def branch(name, prompts, scale=1.0, uncond=True):
+    empty = MODEL.embed([""] * len(prompts)) if uncond else None
+    return Branch(name, MODEL.embed(prompts), empty, scale)
+
+
+SOURCE = branch("source", ["red", "green"])
+TARGET = branch("target", ["blue", "blue"], 7.5)
+
+
+def test_the_problem_is_a_model():
+    assert isinstance(MODEL, Model)
+
+
+def test_rows_are_addressed_by_name():
+    denoise = Denoiser(MODEL, [SOURCE, TARGET])
+    rows, condition, index = denoise.plan(0.5)
+    assert [(r.branch, r.half, r.image) for r in rows] == [
+        ("target", "uncond", 0),
+        ("target", "uncond", 1),
+        ("source", "cond", 0),
+        ("source", "cond", 1),
+        ("target", "cond", 0),
+        ("target", "cond", 1),
+    ]
+    assert condition.prompts == ("", "", "red", "green", "blue", "blue")
+    assert index == [2, 3, 0, 1, 2, 3]
+    assert rows.where("target").tolist() == [0, 1, 4, 5]
+    assert rows.where("target", "cond").tolist() == [4, 5]
+    assert rows.where(half="uncond").tolist() == [0, 1]
+    assert rows.where().tolist() == list(range(6))
+    assert rows.where("nobody").dtype == torch.long
+
+
+@pytest.mark.parametrize(
+    "branches, rows",
+    [
+        ([SOURCE], 2),
+        ([TARGET], 4),
+        ([SOURCE, TARGET], 6),
+        ([branch("source", ["red", "red"], 3.0), TARGET], 8),
+        ([branch("source", ["red", "red"], 3.0, uncond=False)], 2),
+        ([branch("source", ["red", "red"], 0.0)], 4),
+    ],
+)
+def test_evaluations_are_counted(branches, rows):
+    denoise = Denoiser(MODEL, branches)
+    denoise(points(2 * len(branches)), 0.5)
+    assert (denoise.ledger.rows, denoise.ledger.calls) == (rows, 1)
+    assert denoise.ledger.nfe(2) == rows / 2
+
+
+def test_each_branch_is_what_it_is_alone():
+    x = points(4)
+    together = Denoiser(MODEL, [SOURCE, TARGET])(x, 0.3)
+    source, target = Denoiser(MODEL, [SOURCE])(x[:2], 0.3), Denoiser(MODEL, [TARGET])(x[2:], 0.3)
+    assert claims.relative(together.eps, torch.cat([source.eps, target.eps])) < 1e-14
+    assert claims.relative(together.x0, torch.cat([source.x0, target.x0])) < 1e-14
+
+
+def test_only_counts_on_the_same_ledger():
+    denoise = Denoiser(MODEL, [SOURCE, TARGET])
+    part = denoise.only("target")
+    assert part.layout.names == ("target",)
+    part(points(2), 0.5)
+    denoise(points(4), 0.5)
+    assert denoise.ledger.rows == 4 + 6
+
+
+def test_kind_is_the_network_s():
+    for kind in ("eps", "velocity"):
+        model = ProblemModel(mixture(), PATHS["vp"], kind)
+        assert claims.denoiser(model, 1).kind == kind
+
+
+def test_layout():
+    layout = Layout(("source", "a", "b"), 2)
+    assert layout["a"] == slice(2, 4)
+    assert layout.targets() == ("a", "b")
+    x = torch.arange(6)
+    assert {n: v.tolist() for n, v in layout.split(x)} == {
+        "source": [0, 1],
+        "a": [2, 3],
+        "b": [4, 5],
+    }
+    with pytest.raises(ValueError):
+        layout["nobody"]
+
+
+def test_rescale_by_name():
+    source, target = rescale((SOURCE, TARGET), target=2.0)
+    assert (source.scale, target.scale) == (1.0, 2.0)
+    assert TARGET.scale == 7.5
+
+
+def test_condition_rows():
+    condition = MODEL.embed(["red", "green", "blue"])
+    assert len(condition) == 3
+    picked = condition.take([2, 0, 0])
+    assert picked.prompts == ("blue", "red", "red")
+    assert torch.equal(
+        picked.tensors["embeds"], MODEL.embed(["blue", "red", "red"]).tensors["embeds"]
+    )
+    assert condition.tile(2).prompts == condition.prompts * 2
+    assert Condition.cat([condition, picked]).prompts == condition.prompts + picked.prompts
+    changed = condition.with_tensors(embeds=torch.zeros(3, 1, 3))
+    assert changed.prompts == condition.prompts
+    assert not torch.equal(condition.tensors["embeds"], changed.tensors["embeds"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_evaluate_answers_in_the_state_s_dtype(dtype):
+    x, ledger = points().to(dtype), Ledger()
+    prediction = evaluate(MODEL, x, 0.5, MODEL.embed(["red"] * 4), ledger)
+    assert (prediction.x0.dtype, prediction.eps.dtype) == (dtype, dtype)
+    assert ledger.network_seconds > 0
+
+
+def test_evaluate_takes_a_time_per_row():
+    x, condition = points(), MODEL.embed(["red"] * 4)
+    times = torch.tensor([0.1, 0.2, 0.5, 0.9], dtype=torch.float64)
+    together = evaluate(MODEL, x, times, condition)
+    for i, t in enumerate(times):
+        alone = evaluate(MODEL, x[i : i + 1], float(t), condition.take([i]))
+        assert claims.relative(together.x0[i : i + 1], alone.x0) < 1e-14

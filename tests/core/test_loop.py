@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+import declarations as claims
+from problems import PATHS, ProblemModel, mixture, points
+from retour.core.branches import rescale
+from retour.core.control import Control
+from retour.core.grid import flow_grid
+from retour.core.loop import walk
+from retour.core.registry import get
+from retour.core.state import State, stack
+
+MODEL = ProblemModel(mixture(), PATHS["flow"], "velocity")
+GRID = flow_grid(4)
+EULER = get("solver", "euler").make()
+
+
+class Log(Control):
+    """Notes every call, and marks the state so that the order of folding shows."""
+
+    def __init__(self, name, log, factor=1.0):
+        self.name, self.log, self.factor = name, log, factor
+
+    def branches(self, step, branches):
+        self.log.append((self.name, "branches", step.position))
+        return rescale(branches, source=5.0)
+
+    def before_step(self, step, state, layout):
+        self.log.append((self.name, "before", step.position))
+        return state
+
+    def after_step(self, step, state, before, layout):
+        self.log.append((self.name, "after", step.position))
+        return state
+
+    def finish(self, x, layout):
+        self.log.append((self.name, "finish"))
+        return x * self.factor + 1
+
+
+def test_controls_are_folded_in_order():
+    log = []
+    denoise = claims.denoiser(MODEL, 4, "red")
+    plain = walk(EULER, claims.denoiser(MODEL, 4, "red", 5.0), State(points()), GRID, down=True)
+    controls = [Log("a", log, 2.0), Log("b", log, 3.0)]
+    end = walk(EULER, denoise, State(points()), GRID, down=True, controls=controls)
+    each = [("branches", k) for k in range(4)]
+    assert log[:6] == [(n, m, 0) for m in ("branches", "before", "after") for n in "ab"]
+    assert len(log) == 4 * 6 + 2 and len(each) == 4
+    assert log[-2:] == [("a", "finish"), ("b", "finish")]
+    assert torch.equal(end.x, (plain.x * 2 + 1) * 3 + 1)
+
+
+def test_branches_are_restored():
+    denoise = claims.denoiser(MODEL, 4, "red")
+    before = denoise.branches
+    walk(EULER, denoise, State(points()), GRID, down=True, controls=[Log("a", [])])
+    assert denoise.branches is before
+
+
+def test_branches_are_restored_after_an_exception():
+    class Broken(Log):
+        def after_step(self, step, state, before, layout):
+            raise RuntimeError("on purpose")
+
+    denoise = claims.denoiser(MODEL, 4, "red")
+    before = denoise.branches
+    with pytest.raises(RuntimeError, match="on purpose"):
+        walk(EULER, denoise, State(points()), GRID, down=True, controls=[Broken("a", [])])
+    assert denoise.branches is before
+
+
+def test_changes_of_branches_last_one_step():
+    """Each step starts from the run's own branches, not from what the last step made of them."""
+
+    class Once(Control):
+        def branches(self, step, branches):
+            seen.append(branches[0].scale)
+            return rescale(branches, source=9.0)
+
+    seen = []
+    walk(EULER, claims.denoiser(MODEL, 4), State(points()), GRID, down=True, controls=[Once()])
+    assert seen == [1.0] * 4
+
+
+@pytest.mark.parametrize("down", [True, False])
+def test_observers_see_every_step(down):
+    events = []
+    denoise = claims.denoiser(MODEL, 4)
+    end = walk(EULER, denoise, State(points()), GRID, down=down, observers=[events.append])
+    assert [e.step for e in events] == list(GRID.walk(down=down))
+    assert torch.equal(events[-1].state.x, end.x)
+    assert all(e.denoiser is denoise for e in events)
+
+
+def test_a_control_can_hold_the_source_on_its_track():
+    track = {}
+
+    class Hold(Control):
+        def after_step(self, step, state, before, layout):
+            x = state.x.clone()
+            x[layout["source"]] = track[step.index]
+            return state.with_x(x)
+
+    up = [State(points())]
+    denoise = claims.denoiser(MODEL, 4)
+    walk(EULER, denoise, up[0], GRID, down=False, observers=[lambda e: up.append(e.state)])
+    states = stack(up)["x"]
+    track.update(dict(enumerate(states)))
+    end = walk(EULER, denoise, State(states[-1]), GRID, down=True, controls=[Hold()])
+    assert torch.equal(end.x, points())
