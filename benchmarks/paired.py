@@ -6,7 +6,8 @@
 
 All methods get the same prompts, guidance and steps. Two rows come without any edit: "copy the
 input", and "VAE ceiling", the input encoded and decoded, which is the best that an edit in
-latent space can do for the background. Columns, mean and 95 % interval:
+latent space can do for the background. Columns, means with
+95 % intervals (costs without):
 
 - PSNR of the background (pixels that the edit must leave alone), strict and as PIE-Bench counts
 - structure distance x 1000 between input and output, with the substitute backbone that the
@@ -24,7 +25,7 @@ import csv
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,16 @@ class Measure:
 
 @dataclass(frozen=True)
 class Column:
-    """How a measure is shown: factor and decimals."""
+    """How a measure is shown: factor and decimals.
+
+    A cost is the same for all items of a batch, so these are no sample: it has no interval.
+    """
 
     field: str
     title: str
     factor: float = 1.0
     digits: int = 2
+    cost: bool = False
 
 
 COLUMNS = (
@@ -76,8 +81,8 @@ COLUMNS = (
     Column("psnr_pie_compat", "bg PSNR (pie)"),
     Column("structure", "structure x1e3", 1e3),
     Column("edit_mse", "true edit x1e3", 1e3),
-    Column("nfe", "NFE", digits=0),
-    Column("seconds", "s/image", digits=3),
+    Column("nfe", "NFE", digits=0, cost=True),
+    Column("seconds", "s/image", digits=3, cost=True),
 )
 
 
@@ -183,7 +188,9 @@ def values(measures: Sequence[Measure], name: str, field: str) -> list[float]:
 def means(measures: Sequence[Measure], names: Sequence[str]) -> dict[str, dict[str, Interval]]:
     """Method -> measure -> mean with interval."""
     return {
-        name: {c.field: mean_interval(values(measures, name, c.field)) for c in COLUMNS}
+        name: {
+            c.field: _stripped(c, mean_interval(values(measures, name, c.field))) for c in COLUMNS
+        }
         for name in names
     }
 
@@ -194,11 +201,17 @@ def differences(
     """ "a - b" -> measure -> mean paired difference with interval, for all pairs of methods."""
     return {
         f"{a} - {b}": {
-            c.field: paired_difference(values(measures, a, c.field), values(measures, b, c.field))
+            c.field: _stripped(
+                c, paired_difference(values(measures, a, c.field), values(measures, b, c.field))
+            )
             for c in COLUMNS
         }
         for a, b in combinations(names, 2)
     }
+
+
+def _stripped(column: Column, value: Interval) -> Interval:
+    return replace(value, low=math.nan, high=math.nan) if column.cost else value
 
 
 def by_kind(measures: Sequence[Measure], names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,8 @@ def test_the_problem_is_a_model():
 
 def test_rows_are_addressed_by_name():
     denoise = Denoiser(MODEL, [SOURCE, TARGET])
-    rows, condition, index = denoise.plan(0.5)
+    plan = denoise.plan(0.5)
+    rows, condition = plan.rows, plan.condition
     assert [(r.branch, r.half, r.image) for r in rows] == [
         ("target", "uncond", 0),
         ("target", "uncond", 1),
@@ -34,7 +35,7 @@ def test_rows_are_addressed_by_name():
         ("target", "cond", 1),
     ]
     assert condition.prompts == ("", "", "red", "green", "blue", "blue")
-    assert index == [2, 3, 0, 1, 2, 3]
+    assert plan.reads.tolist() == [2, 3, 0, 1, 2, 3]
     assert rows.where("target").tolist() == [0, 1, 4, 5]
     assert rows.where("target", "cond").tolist() == [4, 5]
     assert rows.where(half="uncond").tolist() == [0, 1]
@@ -66,6 +67,16 @@ def test_each_branch_is_what_it_is_alone():
     source, target = Denoiser(MODEL, [SOURCE])(x[:2], 0.3), Denoiser(MODEL, [TARGET])(x[2:], 0.3)
     assert claims.relative(together.eps, torch.cat([source.eps, target.eps])) < 1e-14
     assert claims.relative(together.x0, torch.cat([source.x0, target.x0])) < 1e-14
+
+
+def test_replaced_branches_are_planned_anew():
+    denoise = Denoiser(MODEL, [TARGET])
+    x = points(2)
+    denoise(x, 0.5)
+    denoise.branches = rescale(denoise.branches, target=1.0)
+    plain = denoise(x, 0.5)
+    assert denoise.ledger.rows == 4 + 2
+    assert torch.equal(plain.eps, Denoiser(MODEL, [branch("target", ["blue"] * 2)])(x, 0.5).eps)
 
 
 def test_only_counts_on_the_same_ledger():

@@ -1,13 +1,19 @@
 """Drawn sprites in place of emoji: discs, squares and triangles in three styles."""
 
 import numpy as np
+
 from retour.data.sprites import SIZE, Sprites
 
-COLOURS = {"ball": (220, 40, 40), "box": (40, 160, 70), "owl": (240, 240, 240), "scissors*": (250, 210, 40)}
+COLOURS = {
+    "ball": (220, 40, 40),
+    "box": (40, 160, 70),
+    "owl": (240, 240, 240),
+    "scissors*": (250, 210, 40),
+}
 
 
 def shape(name: str, style: str) -> np.ndarray:
-    """A sprite (64, 64, 4) uint8 whose outline depends on the name and whose border on the style."""
+    """A sprite (64, 64, 4) uint8: the outline tells the name, the border the style."""
     y, x = np.mgrid[0:SIZE, 0:SIZE] - (SIZE - 1) / 2
     reach = {"ball": np.hypot(x, y), "box": np.maximum(abs(x), abs(y)), "owl": abs(x) + abs(y)}
     distance = reach.get(name, np.hypot(x, 2 * y))

@@ -2,6 +2,7 @@ import colorsys
 
 import numpy as np
 import pytest
+
 from data.sprites_for_tests import COLOURS, shape
 from retour.data.palette import (
     BACKGROUNDS,

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from data.sprites_for_tests import make_sprites
 from retour.data.palette import BACKGROUNDS
 from retour.data.scenes import (
@@ -54,7 +55,11 @@ def scene(*items, style="3d", background="sky blue"):
     ("case", "form", "caption"),
     [
         (scene(Item("owl")), Form(), "a 3d render of an owl on a sky blue background"),
-        (scene(Item("owl"), style="noto"), Form(background=False), "a noto style cartoon of an owl"),
+        (
+            scene(Item("owl"), style="noto"),
+            Form(background=False),
+            "a noto style cartoon of an owl",
+        ),
         (scene(Item("owl", "blue")), Form(style=False), "a blue owl on a sky blue background"),
         (
             scene(Item("scissors*", scale=SCALES["small"], x=0.27, y=0.27), style="twemoji"),

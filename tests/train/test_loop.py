@@ -4,6 +4,8 @@ import signal
 
 import pytest
 import torch
+from torch import nn
+
 from retour.train.loop import (
     Options,
     Trainer,
@@ -15,7 +17,6 @@ from retour.train.loop import (
     step_generator,
     write_atomically,
 )
-from torch import nn
 
 
 class Line:
@@ -93,7 +94,8 @@ def test_the_time_limit_ends_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "progress", "value"), [(0, 0.0, 0.01), (99, 0.0, 1.0), (500, 0.5, 0.55), (900, 1.0, 0.1)]
+    ("step", "progress", "value"),
+    [(0, 0.0, 0.01), (99, 0.0, 1.0), (500, 0.5, 0.55), (900, 1.0, 0.1)],
 )
 def test_learning_rate(step, progress, value):
     assert rate(step, progress, warmup=100, floor=0.1) == pytest.approx(value)

@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from data.sprites_for_tests import make_sprites
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+from safetensors import safe_open
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from data.sprites_for_tests import make_sprites
 from retour.data.scenes import Mix, Sampler, Studio, make_split
 from retour.train import clip, export, latents, mmdit, unet, vae
 from retour.train.generator import Easel
 from retour.train.loop import Options, Trainer, step_generator
-from safetensors import safe_open
-from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 @pytest.fixture(scope="module")

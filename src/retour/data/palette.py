@@ -1,8 +1,9 @@
 """Named colours of scenes and the recolouring of sprites.
 
-Recolouring keeps the shading of a sprite and replaces its paint: a pixel of luminance l becomes a point on the ramp
-black -> colour -> white, placed so that the median painted pixel lands on the named colour itself. Unpainted pixels (eyes,
-outlines, teeth: low saturation) are left alone, unless the sprite has hardly any paint, when all of it is tinted.
+Recolouring keeps the shading of a sprite and replaces its paint: a pixel of luminance l becomes a
+point on the ramp black -> colour -> white, placed so that the median painted pixel lands on the
+named colour itself. Unpainted pixels (eyes, outlines, teeth: low saturation) are left alone, unless
+the sprite has hardly any paint, when all of it is tinted.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ def paint_weight(rgba: np.ndarray) -> np.ndarray:
 
 
 def ramp(luma: np.ndarray, colour: np.ndarray, middle: float) -> np.ndarray:
-    """Colours (..., 3) on black -> `colour` -> white; luminance `middle` maps to `colour` itself."""
+    """Colours (..., 3) on black -> `colour` -> white, `colour` itself at luminance `middle`."""
     dark = np.clip(luma / max(middle, 1e-3), 0.0, 1.0)[..., None]
     light = np.clip((luma - middle) / max(1.0 - middle, 1e-3), 0.0, 1.0)[..., None]
     return colour * (0.25 + 0.75 * dark) * (1.0 - 0.6 * light) + 0.6 * light
 
 
 def recolour(sprite: np.ndarray, name: str) -> np.ndarray:
-    """Repaint a sprite (H, W, 4) uint8 with the object colour `name`; alpha and unpainted pixels stay."""
+    """Repaint a sprite (H, W, 4) uint8 with a named colour; alpha and unpainted pixels stay."""
     rgba = sprite.astype(np.float32) / 255.0
     weight = paint_weight(rgba)
     luma = rgba[..., :3] @ _LUMA
@@ -79,7 +80,7 @@ def recolour(sprite: np.ndarray, name: str) -> np.ndarray:
 
 
 def natural_colour(sprite: np.ndarray, share: float = 0.55) -> str | None:
-    """The object colour that most of a sprite (H, W, 4) uint8 has already, or None when no colour holds `share` of it."""
+    """The colour name that `share` of a sprite (H, W, 4) uint8 has already, if any."""
     rgba = sprite.astype(np.float32) / 255.0
     solid = rgba[..., 3] > 0.5
     rgb = rgba[..., :3][solid]

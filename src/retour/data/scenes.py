@@ -1,8 +1,9 @@
 """Captioned scenes made of sprites, and exact edit pairs.
 
-A `Scene` is plain data: a style, a background colour and one or two `Item`s. `Studio` draws it: pixels, caption and one exact
-mask per object follow from the scene and the sprites alone. `Sampler` maps (seed, number) to a scene, and `pair` changes
-one attribute of a scene, which gives the true edited image and the exact mask of the change.
+A `Scene` is plain data: a style, a background colour and one or two `Item`s. `Studio` draws it:
+pixels, caption and one exact mask per object follow from the scene and the sprites alone. `Sampler`
+maps (seed, number) to a scene, and `pair` changes one attribute of a scene, which gives the true
+edited image and the exact mask of the change.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SPLIT_SEED = 4
 
 @dataclass(frozen=True)
 class Item:
-    """One object: `x`, `y` are its centre and `scale` its longest side, as fractions of the image side.
+    """One object: centre `x`, `y` and longest side `scale`, as fractions of the image.
 
     `colour` None keeps the colours of the sprite.
     """
@@ -66,7 +67,8 @@ class Scene:
 class Edit:
     """One changed attribute: `kind` is object, colour, background, style, position, add or remove.
 
-    `value` is the new concept, colour (None: natural), background, style, (x, y) or Item; `index` the item concerned.
+    `value` is the new concept, colour (None: natural), background, style, (x, y) or Item; `index`
+    the item concerned.
     """
 
     kind: str
@@ -76,7 +78,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class Pair:
-    """A scene before and after an edit: images (64, 64, 3) uint8, mask (64, 64) bool true where pixels may differ."""
+    """A scene before and after an edit.
+
+    Images (64, 64, 3) uint8; mask (64, 64) bool, true where pixels may differ.
+    """
 
     source: Scene
     target: Scene
@@ -145,7 +150,7 @@ class Split:
 def make_split(
     sprites: Sprites, seed: int = SPLIT_SEED, share: float = 0.1, pair_share: float = 0.06
 ) -> Split:
-    """Hold out a share of the concepts, and of the (concept, style) pairs of the others (one style each at most)."""
+    """Hold out a share of the concepts, and of the (concept, style) pairs of the others."""
     rng = np.random.default_rng(seed)
     order = [str(name) for name in rng.permutation(sprites.concepts)]
     count = round(share * len(order))
@@ -173,7 +178,7 @@ class Studio:
         return natural_colour(self.sprites.images[concept, style])
 
     def layer(self, item: Item, style: str) -> tuple[np.ndarray, np.ndarray]:
-        """Premultiplied colour (64, 64, 3) and alpha (64, 64, 1) of an item alone, float32 in 0..1."""
+        """Premultiplied colour (64, 64, 3) and alpha (64, 64, 1) of an item, in 0..1."""
         sprite = self.paint(item.concept, style, item.colour)
         if item.flip:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -188,7 +193,7 @@ class Studio:
         return rgba[..., :3], rgba[..., 3:]
 
     def render(self, scene: Scene, backdrop: np.ndarray | None = None) -> np.ndarray:
-        """The image (64, 64, 3) uint8; `backdrop` (64, 64, 3) in 0..1 takes the place of the background colour."""
+        """The image (64, 64, 3) uint8, on `backdrop` (64, 64, 3) in 0..1 if given."""
         image = np.empty((SIZE, SIZE, 3), np.float32)
         image[:] = (
             np.array(BACKGROUNDS[scene.background], np.float32) / 255.0
@@ -274,7 +279,7 @@ EDIT_KINDS = ("object", "colour", "background", "style", "position", "add", "rem
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of the layouts of single scenes and pairs, and of recoloured objects, that a sampler draws."""
+    """How often a sampler draws each layout and a recoloured object, and its jitter."""
 
     centred: float = 0.78
     large: float = 0.05
@@ -289,7 +294,8 @@ class Mix:
 class Sampler:
     """Scenes by number: `scene(i)` depends on the seed and i alone.
 
-    `part` is "train" (nothing held out), "pairs" (held-out concept-style pairs), "concepts" (held-out concepts) or "all".
+    `part` is "train" (nothing held out), "pairs" (held-out concept-style pairs), "concepts"
+    (held-out concepts) or "all".
     """
 
     studio: Studio

@@ -1,8 +1,8 @@
-"""The sprite cache: emoji of three open styles, cropped to 64 x 64 RGBA, in one lossless atlas and a JSON index.
+"""The sprite cache: emoji of three open styles, 64 x 64 RGBA, in one atlas and a JSON index.
 
-Sources (npm packages): Fluent 3D (MIT, Microsoft), Noto (Apache-2.0, Google), Twemoji (CC-BY-4.0, Twitter and contributors),
-joined by code point with the labels of emojibase-data (MIT). Skin tones, people, symbols, flags and components are dropped;
-only concepts drawn in all three styles are kept.
+Sources (npm packages): Fluent 3D (MIT, Microsoft), Noto (Apache-2.0, Google), Twemoji (CC-BY-4.0,
+Twitter and contributors), joined by code point with the labels of emojibase-data (MIT). Skin tones,
+people, symbols, flags and components are dropped; only concepts drawn in all three styles are kept.
 
     python -m retour.data.sprites --out DIR [--tarballs DIR]
 """
@@ -41,7 +41,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
 
 @dataclass(frozen=True)
 class Sprites:
-    """Sprites by (concept, style), each (64, 64, 4) uint8; `groups` tells the emoji group of a concept."""
+    """Sprites (64, 64, 4) uint8 by (concept, style), and the emoji group of each concept."""
 
     images: dict[tuple[str, str], np.ndarray]
     groups: dict[str, str] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def read_images(tarball: Path, prefix: str, codes: set[str]) -> Iterator[tuple[s
 
 
 def fit(image: Image.Image, size: int = SIZE) -> np.ndarray:
-    """Crop an RGBA image to its alpha and centre it, longest side = `size`: (size, size, 4) uint8."""
+    """Crop an RGBA image to its paint and centre it, longest side `size`: (size, size, 4) uint8."""
     image = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
     scale = size / max(image.size)
     shape = [max(1, round(side * scale)) for side in image.size]
@@ -127,7 +127,7 @@ def collect(tarballs: Path) -> tuple[list[dict[str, str]], list[np.ndarray]]:
 
 
 def save(folder: Path, rows: list[dict[str, str]], images: list[np.ndarray]) -> None:
-    """Write `sprites.webp` (lossless atlas) and `sprites.json` (its rows) into `folder`, atomically."""
+    """Write `sprites.webp` (lossless atlas) and `sprites.json` (its rows) into `folder`."""
     height = -(-len(images) // COLUMNS)
     atlas = np.zeros((height * SIZE, COLUMNS * SIZE, 4), np.uint8)
     for i, image in enumerate(images):
@@ -151,7 +151,7 @@ def core_nouns() -> dict[str, str]:
 
 
 def nouns_for(labels: list[str], concepts: str) -> dict[str, str]:
-    """Label -> noun for the vocabulary `concepts`: "core", or "all" (labels themselves outside the core)."""
+    """Label -> noun of the vocabulary `concepts`: "core", or "all" (other labels as they are)."""
     if concepts not in ("core", "all"):
         raise ValueError(f"concepts must be 'core' or 'all', not {concepts!r}")
     nouns = core_nouns()

@@ -1,9 +1,10 @@
-"""Train the tiny CLIP: its byte-pair vocabulary, its text encoder (conditioner of the other models) and its vision encoder.
+"""Train the tiny CLIP: vocabulary, text encoder (conditioner of the generators), vision encoder.
 
     python -m retour.train.clip --data SPRITES --out RUN --minutes 20
 
-A batch holds edit pairs (one attribute changed: object, colour, background, style, place), so that every image meets a hard
-negative; the loss is the symmetric contrastive one, blind to other rows with the same caption.
+A batch holds edit pairs (one attribute changed: object, colour, background, style, place), so that
+every image meets a hard negative; the loss is the symmetric contrastive one, blind to other rows
+with the same caption.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def phrases(sprites: Sprites) -> dict[str, list[str]]:
 
 
 def train_tokenizer(texts: Iterable[str], size: int = VOCABULARY) -> CLIPTokenizer:
-    """A CLIP tokenizer with merges learned on `texts`; every byte has a token, so no text is unknown."""
+    """A CLIP tokenizer with merges learned on `texts`; every byte has a token."""
     blank = CLIPTokenizer()
     words = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     words.normalizer = blank.backend_tokenizer.normalizer
@@ -145,7 +146,10 @@ def embed_texts(model: CLIPModel, ids: Tensor) -> Tensor:
 def contrastive_loss(
     images: Tensor, texts: Tensor, scale: Tensor, same: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Symmetric cross-entropy of unit vectors (B, D) and the accuracy; `same` (B, B) marks equal captions off the diagonal."""
+    """Symmetric cross-entropy of unit vectors (B, D), and the accuracy.
+
+    `same` (B, B) marks equal captions off the diagonal, which count for nothing.
+    """
     logits = (scale * images @ texts.T).masked_fill(same, -torch.inf)
     target = torch.arange(len(logits), device=logits.device)
     loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
@@ -169,7 +173,7 @@ class ClipTask:
         )
 
     def couple(self, number: int) -> tuple[list, list[str]]:
-        """Both images and captions of an edit pair of scene `number`, if the split allows the edit."""
+        """Both images and captions of an edit pair of scene `number`."""
         rng = self.train.rng(number, 4)
         scene, studio = self.train.scene(number), self.train.studio
         kinds = HARD[:4] if len(scene.items) > 1 else HARD
@@ -216,7 +220,7 @@ class ClipTask:
 def retrieval(
     model: CLIPModel, tokenizer: CLIPTokenizer, sampler: Sampler, count: int = 100, rounds: int = 5
 ) -> float:
-    """Share of images whose own caption scores best among `count` captions of different scenes, over `rounds` draws."""
+    """Share of images whose own caption scores best of `count`, over `rounds` draws of scenes."""
     hits = []
     for start in range(0, count * rounds, count):
         scenes = [sampler.scene(number) for number in range(start, start + count)]

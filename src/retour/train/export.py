@@ -1,6 +1,7 @@
-"""Put trained parts together as the folders that the package ships: half-precision safetensors in the usual layouts.
+"""Put trained parts together as the folders of half-precision weights that the package ships.
 
-    python -m retour.train.export --clip RUN/clip --vae RUN/vae --unet RUN/unet --mmdit RUN/transformer [--weights DIR]
+    python -m retour.train.export --clip RUN/clip --vae RUN/vae --unet RUN/unet \\
+        --mmdit RUN/transformer [--weights DIR]
 
 Parts that two models share are written once; the others point to them with relative links.
 """
@@ -152,7 +153,8 @@ def write_mmdit(folder: Path, source: Path, clip: Path) -> None:
 def write_blank_t5(encoder: Path, tokenizer: Path, width: int) -> None:
     """A T5 of two tokens and no layers whose every output row (width,) is zero.
 
-    StableDiffusion3Pipeline uses rows of zeros for want of a T5, but loads without arguments only when it finds one.
+    StableDiffusion3Pipeline uses rows of zeros for want of a T5, but loads without arguments only
+    when it finds one.
     """
     config = T5Config(
         vocab_size=2, d_model=width, d_kv=1, d_ff=1, num_layers=0, num_heads=1, pad_token_id=0
@@ -167,7 +169,7 @@ def write_blank_t5(encoder: Path, tokenizer: Path, width: int) -> None:
 
 
 def export(weights: Path, clip: Path, vae: Path, denoisers: dict[str, Path]) -> None:
-    """Write all folders; cards (README.md) that are there already stay. `denoisers` has "unet" and "mmdit"."""
+    """Write all folders, keeping their cards (README.md); `denoisers` has "unet" and "mmdit"."""
     writers = {
         "clip": lambda folder: write_clip(folder, clip),
         "vae": lambda folder: copy_part(vae, folder),

@@ -1,4 +1,4 @@
-"""What the trainers of the two generators share: command line, sample prompts, guided sampling and decoding."""
+"""What the trainers of the two generators share: options, prompts, guidance and decoding."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def command_line(prog: str, **defaults: object) -> argparse.ArgumentParser:
 def guided(
     predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, scale: float
 ) -> Tensor:
-    """Classifier-free guidance: `predict` gets doubled rows, first the empty prompts, then the real ones."""
+    """Classifier-free guidance; `predict` gets doubled rows, the empty prompts first."""
     empty, full = predict(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
     return empty + scale * (full - empty)
 
 
 class Easel:
-    """Prompts with their token rows, first noise and the decoder to show samples of a generator in training."""
+    """Fixed prompts and noise, and the decoder, to show a generator in training."""
 
     def __init__(
         self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: str, seed: int = 0

@@ -1,6 +1,6 @@
-"""A pool of latents and token rows of many scenes, so that VAE and rendering cost nothing in the loops of the generators.
+"""Latents and token rows of many scenes, made once for the loops of the generators.
 
-python -m retour.train.latents --data SPRITES --vae RUN/vae --clip RUN/clip --out POOL.safetensors --count 32000
+python -m retour.train.latents --data SPRITES --vae RUN/vae --clip RUN/clip --out POOL
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIX = Mix(centred=0.84, large=0.03, small=0.02, corner=0.04, two=0.07, recoloure
 
 @dataclass(frozen=True)
 class Pool:
-    """Latents (N, 4, 16, 16) of unit scale, token rows (N, 32), and the token row (32,) of the empty prompt."""
+    """Unit latents (N, 4, 16, 16), token rows (N, 32) and the row (32,) of the empty prompt."""
 
     latents: Tensor
     ids: Tensor
@@ -44,7 +44,7 @@ class Pool:
     def batch(
         self, count: int, dropout: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Random latents (count, 4, 16, 16) float32 and token rows (count, 32), a share of them empty."""
+        """Random latents (count, 4, 16, 16) and token rows (count, 32), some of them empty."""
         rows = torch.randint(len(self.ids), (count,), generator=generator)
         dropped = torch.rand(count, generator=generator) < dropout
         device = self.latents.device

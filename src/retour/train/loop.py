@@ -1,9 +1,10 @@
 """The training loop that every model shares.
 
-All randomness of step n follows from (seed, n), so a run that stops and resumes computes exactly what an uninterrupted one
-does. A task says what is particular to a model (`Task`); the loop does the rest: warm-up and cosine learning rate, gradient
-clipping, a moving average of the weights (EMA), checkpoints written to a temporary name and renamed, losses to a CSV file,
-sample grids to PNG, and an orderly end at a step count, after some minutes or on SIGTERM.
+All randomness of step n follows from (seed, n), so a run that stops and resumes computes exactly
+what an uninterrupted one does. A task says what is particular to a model (`Task`); the loop does
+the rest: warm-up and cosine learning rate, gradient clipping, a moving average of the weights
+(EMA), checkpoints written to a temporary name and renamed, losses to a CSV file, sample grids to
+PNG, and an orderly end at a step count, after some minutes or on SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Options:
-    """How to train: `steps` and `minutes` both end the run and set the length of the learning-rate schedule."""
+    """How to train; both `steps` and `minutes` end the run and its learning-rate schedule."""
 
     out: Path
     steps: int = 10_000
@@ -66,16 +68,18 @@ class Task(Protocol):
         """What the averaged model makes now."""
 
     def publish(self, model: nn.Module, folder: Path) -> None:
-        """Write the averaged model to a new folder, as its library does; `part` is the folder's final name."""
+        """Write the averaged model to a new folder, which then gets the name `part`."""
 
 
 def step_generator(seed: int, step: int, device: str = "cpu") -> torch.Generator:
     """The random numbers of one training step."""
-    return torch.Generator(device).manual_seed((seed << 32) + step)
+    # A CPU generator reads only 32 bits of its seed, so both numbers are hashed into those.
+    key = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(key)
 
 
 def rate(step: int, progress: float, warmup: int, floor: float) -> float:
-    """Fraction of the full learning rate: linear warm-up, then a cosine down to `floor` at `progress` 1."""
+    """Share of the learning rate: linear warm-up, then a cosine to `floor` at `progress` 1."""
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
     return min(1.0, (step + 1) / max(warmup, 1)) * (floor + (1.0 - floor) * cosine)
 
@@ -132,7 +136,7 @@ class Trainer:
         return self.options.out / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write the whole state (weights, average, optimiser, step, seconds spent) and publish the average."""
+        """Write the whole state and publish the average."""
         state = {
             "model": self.task.model.state_dict(),
             "average": self.average.state_dict(),
@@ -280,7 +284,7 @@ def add_data(result: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def options_from(arguments: argparse.Namespace) -> Options:
-    """Options of a parsed command line; also sets the thread count and the seed of initial weights."""
+    """Options of a command line; also sets the threads and the seed of the first weights."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)

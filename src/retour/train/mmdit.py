@@ -1,10 +1,11 @@
-"""Train the denoiser of emoji-mmdit: an SD3Transformer2DModel that predicts the velocity of a rectified flow.
+"""Train the denoiser of emoji-mmdit: an SD3Transformer2DModel on a rectified flow.
 
     python -m retour.train.mmdit --pool POOL --vae RUN/vae --clip RUN/clip --out RUN --minutes 90
 
-x_s = (1 - s) x0 + s eps, target eps - x0, s logit-normal. The conditioning is what StableDiffusion3Pipeline makes of one CLIP
-used twice and no T5: the next-to-last hidden states side by side, followed by rows of zeros in place of T5. The pipeline adds
-256 such rows unless told otherwise (`max_sequence_length=1` is much faster), so some batches have them, most have 0 or 1.
+x_s = (1 - s) x0 + s eps, target eps - x0, s logit-normal. The conditioning is what
+StableDiffusion3Pipeline makes of one CLIP used twice and no T5: the next-to-last hidden states side
+by side, followed by rows of zeros in place of T5. The pipeline adds 256 such rows unless told
+otherwise (`max_sequence_length=1` is much faster), so some batches have them, most have 0 or 1.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def make_mmdit(
 
 @torch.no_grad()
 def embed(text: CLIPTextModelWithProjection, ids: Tensor, t5_rows: int) -> tuple[Tensor, Tensor]:
-    """Words (B, 32 + t5_rows, 2 D) and pooled vector (B, 2 P) of token rows, as StableDiffusion3Pipeline makes them."""
+    """Words (B, 32 + t5_rows, 2 D) and pooled vector (B, 2 P) of token rows, as the pipeline's."""
     out = text(ids, output_hidden_states=True)
     words = torch.cat([out.hidden_states[-2]] * 2, dim=-1)
     return F.pad(words, (0, 0, 0, t5_rows)), torch.cat([out.text_embeds] * 2, dim=-1)

@@ -2,10 +2,11 @@
 
     python -m retour.train.report --data SPRITES --out DIR [--weights DIR] [--count 48]
 
-Reconstructions and retrieval are measured on scenes of training sprites ("train"), on sprites whose concept was seen in other
-styles only ("pairs") and on concepts never seen ("concepts"). Generated images get three marks: the background (median colour
-of the border, nearest of the palette), the style and the concept (both as the tiny CLIP judges, among the captions of all three
-styles and of 100 concepts). The tiny CLIP has seen the same data, so its marks are optimistic.
+Reconstructions and retrieval are measured on scenes of training sprites ("train"), on sprites whose
+concept was seen in other styles only ("pairs") and on concepts never seen ("concepts"). Generated
+images get three marks: the background (median colour of the border, nearest of the palette), the
+style and the concept (both as the tiny CLIP judges, among the captions of all three styles and of
+100 concepts). The tiny CLIP has seen the same data, so its marks are optimistic.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def style_choices(scene: Scene) -> list[Scene]:
 
 
 def border_colour(image: np.ndarray) -> np.ndarray:
-    """Median colour (3,) 0..255 of the outermost two rows and columns of an image (H, W, 3) in 0..1."""
+    """Median colour (3,), 0..255, of the outer two pixels of an image (H, W, 3) in 0..1."""
     frame = np.ones(image.shape[:2], bool)
     frame[2:-2, 2:-2] = False
     return np.median(image[frame], axis=0) * 255.0
@@ -85,7 +86,9 @@ def marks(judge: Judge, images: np.ndarray, scenes: list[Scene]) -> dict[str, fl
     concept = judge.ranks(images, [concept_choices(s, concepts, rng) for s in scenes])
     style = judge.ranks(images, [style_choices(s) for s in scenes])
     return {
-        "background": float(np.mean([g == s.background for g, s in zip(grounds, scenes, strict=True)])),
+        "background": float(
+            np.mean([g == s.background for g, s in zip(grounds, scenes, strict=True)])
+        ),
         "style": float((style == 0).float().mean()),
         "concept_top1_of_100": float((concept == 0).float().mean()),
         "concept_top5_of_100": float((concept < 5).float().mean()),
@@ -104,9 +107,9 @@ def make_generators(weights: Path, guidance: float) -> dict[str, Generate]:
 
     def bind(pipe: object, options: dict[str, object]) -> Generate:
         pipe.set_progress_bar_config(disable=True)
-        return lambda prompts: pipe(
-            prompts, generator=torch.Generator().manual_seed(SEED), **options
-        ).images
+        return lambda prompts: (
+            pipe(prompts, generator=torch.Generator().manual_seed(SEED), **options).images
+        )
 
     return {name: bind(*call) for name, call in calls.items()}
 
@@ -117,7 +120,9 @@ def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return vae.decode(vae.encode(images).latent_dist.mode()).sample
 
 
-def report_vae(folder: Path, samplers: dict[str, Sampler], count: int, out: Path) -> dict[str, float]:
+def report_vae(
+    folder: Path, samplers: dict[str, Sampler], count: int, out: Path
+) -> dict[str, float]:
     """Mean PSNR in dB by part, and a picture of held-out scenes over their reconstructions."""
     vae = AutoencoderKL.from_pretrained(folder).eval()
     result = {}
@@ -149,7 +154,9 @@ def sheet(images: np.ndarray, columns: int) -> Image.Image:
     return grid(torch.from_numpy(images).permute(0, 3, 1, 2), columns)
 
 
-def measure(weights: Path, studio: Studio, count: int, guidance: float, out: Path) -> dict[str, object]:
+def measure(
+    weights: Path, studio: Studio, count: int, guidance: float, out: Path
+) -> dict[str, object]:
     """All figures."""
     split = make_split(studio.sprites)
     plain = {part: Sampler(studio, split, SEED, part) for part in PARTS}
@@ -160,9 +167,12 @@ def measure(weights: Path, studio: Studio, count: int, guidance: float, out: Pat
         "guidance": guidance,
         "vae_psnr": report_vae(weights / "vae", plain, 4 * count, out),
         "clip_retrieval_of_100": {
-            part: retrieval(judge.model, judge.tokenizer, sampler) for part, sampler in plain.items()
+            part: retrieval(judge.model, judge.tokenizer, sampler)
+            for part, sampler in plain.items()
         },
-        "real_images": {part: marks(judge, *real(sampler, count)) for part, sampler in single.items()},
+        "real_images": {
+            part: marks(judge, *real(sampler, count)) for part, sampler in single.items()
+        },
     }
     for name, generate in make_generators(weights, guidance).items():
         result[name] = report_generator(name, generate, judge, single, count, out)

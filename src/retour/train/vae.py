@@ -2,8 +2,9 @@
 
     python -m retour.train.vae --data SPRITES --out RUN --minutes 25
 
-The loss is L1 + 2 MSE + 0.5 L1 of the image gradients, in pixels of -1..1, plus a tiny KL that only keeps the latents bounded.
-Half of the images get varied backgrounds, tints and textures, so that the model also holds outside the palette.
+The loss is L1 + 2 MSE + 0.5 L1 of the image gradients, in pixels of -1..1, plus a tiny KL that only
+keeps the latents bounded. Half of the images get varied backgrounds, tints and textures, so that
+the model also holds outside the palette.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def to_tensor(images: list[np.ndarray] | np.ndarray) -> Tensor:
 
 
 def texture(rng: np.random.Generator) -> np.ndarray:
-    """A random background (64, 64, 3) in 0..1: a gradient between two colours, at times with soft noise."""
+    """A random background (64, 64, 3) in 0..1: a gradient, at times with soft noise."""
     start, stop = rng.random(3), rng.random(3)
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0:SIZE, 0:SIZE] / (SIZE - 1) - 0.5
@@ -87,7 +88,7 @@ def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per image (B, 3, H, W) in -1..1, after clipping `y`: (B,)."""
+    """Peak signal-to-noise ratio (B,) in dB of images (B, 3, H, W) in -1..1, `y` clipped."""
     error = (y.clamp(-1, 1) - x).square().mean(dim=(1, 2, 3))
     return 10.0 * torch.log10(4.0 / error.clamp_min(1e-10))
 
@@ -143,7 +144,7 @@ class VaeTask:
 
 @torch.no_grad()
 def set_scale(model: AutoencoderKL, images: Tensor) -> None:
-    """Register the factor that gives the latents of images (B, 3, 64, 64) unit standard deviation."""
+    """Register the factor that scales the latents of images (B, 3, 64, 64) to unit deviation."""
     latents = model.encode(images).latent_dist.mode()
     model.register_to_config(scaling_factor=round(float(1.0 / latents.std()), 5))
 

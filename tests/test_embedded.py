@@ -1,0 +1,127 @@
+"""The shipped models: plain diffusers loads them, and the declarations hold on real networks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import declarations as claims
+import pytest
+import torch
+from declarations import denoiser, error, go, slope
+
+import retour
+from retour.api import encode
+from retour.core.grid import Grid, lambda_grid
+from retour.core.registry import entries
+from retour.demo import examples
+from retour.models.load import WEIGHTS
+
+MODELS = sorted(retour.embedded())
+PROMPT = "a 3d render of a red apple on a sky blue background"
+EDIT = "a 3d render of a green apple on a sky blue background"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The same sums in the same order, whatever else the machine does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@lru_cache
+def model(name: str, dtype: str = "float32"):
+    return retour.load(name, dtype=dtype)
+
+
+@lru_cache
+def latents(name: str):
+    return encode(model(name), [examples()[0]["apple"][0]])
+
+
+def test_both_models_are_there():
+    assert {"emoji-unet", "emoji-mmdit"} <= set(MODELS)
+
+
+def test_plain_diffusers_loads_the_unet():
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "emoji-unet")
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe(PROMPT, num_inference_steps=2, height=64, width=64).images[0]
+    assert picture.size == (64, 64)
+
+
+def test_plain_diffusers_loads_the_mmdit():
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(WEIGHTS / "emoji-mmdit")
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe(PROMPT, num_inference_steps=2, height=64, width=64, max_sequence_length=1)
+    assert picture.images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_direct_source_decodes_to_the_vae_reconstruction(name):
+    picture, prompt = examples()[0]["apple"]
+    inversion = retour.invert(model(name), picture, prompt, steps=10)
+    result = retour.edit(inversion, EDIT, editor="p2p")
+    found = model(name).decode(result.source)
+    wanted = model(name).decode(encode(model(name), [picture]))
+    assert (found - wanted).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("entry", [e for e in entries("solver") if e.exact], ids=lambda e: e.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_solvers_return_at_guidance_7_5(name, entry):
+    """50 steps at guidance 7.5 with a float32 network and float64 state."""
+    grid = model(name).grid(50)
+    claims.assert_exact(entry, model(name), latents(name), grid, prompt=PROMPT, scale=7.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("entry", [e for e in entries("solver") if e.exact], ids=lambda e: e.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_solvers_return_with_half_precision_networks(name, entry, dtype):
+    half, grid = model(name, dtype), model(name).grid(50)
+    claims.assert_exact(entry, half, latents(name), grid, prompt=PROMPT, scale=7.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("down", [True, False], ids=["generation", "inversion"])
+@pytest.mark.parametrize(
+    "entry", [e for e in entries("solver") if e.order is not None], ids=lambda e: e.name
+)
+def test_orders_hold_on_the_flow_network(entry, down):
+    """Between flow times 0.2 and 0.8 of a real trajectory, in a float64 network."""
+    net = model("emoji-mmdit", "float64")
+    order = entry.order if down else entry.facts.get("inversion_order", entry.order)
+    if order is None:
+        pytest.skip("declares no order in this direction")
+    path, steps = net.path, (16, 32, 64)
+    denoise = denoiser(net, 1, PROMPT, 1.0)
+    start = path.add_noise(
+        latents("emoji-mmdit"),
+        torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double(),
+        0.8 if down else 0.2,
+    )
+
+    def grid(count: int) -> Grid:
+        return lambda_grid(path, count, 0.2, 0.8)
+
+    [reference] = [e for e in entries("solver") if e.name == "heun"]
+    goal = go(reference.make(), denoise, start, grid(400), down=down).x
+    errors = [
+        error(go(entry.make(), denoise, start, grid(n), down=down).x, goal) for n in steps
+    ]
+    assert abs(slope(steps, errors) - order) < 0.3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_guess_of_the_prompt_is_said(name):
+    picture, _ = examples()[0]["apple"]
+    inversion = retour.invert(model(name), picture, steps=2)
+    assert inversion.record["prompts_proposed"]
+    assert "background" in inversion.prompts[0]
