@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests run tiny networks: a second thread costs them more than it gives.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy  # noqa: E402
 import pytest  # noqa: E402

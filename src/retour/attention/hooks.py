@@ -197,16 +197,17 @@ class Hooks:
             self._current = before
 
     def describe(
-        self, site: AttentionSite, q: Tensor, k: Tensor, text: int
+        self, site: AttentionSite, rows: int, tokens: tuple[int, int], text: int, heads: int
     ) -> AttentionCall | None:
-        """Describe an attention with `text` text tokens (0: unknown); None outside of a call."""
+        """Describe an attention of `rows` rows over `tokens` (queries, keys).
+
+        `text` is the number of text tokens, 0 if unknown. None outside of a call.
+        """
         call = self._current
-        if call is None or len(call.rows) != len(q):
+        if call is None or len(call.rows) != rows:
             return None
-        image, words = _token_slices(site, q.shape[-2], k.shape[-2], text if text else call.text)
-        return AttentionCall(
-            site, self.step, call.t, call.rows, image, words, call.latent, q.shape[1]
-        )
+        image, words = _token_slices(site, *tokens, text if text else call.text)
+        return AttentionCall(site, self.step, call.t, call.rows, image, words, call.latent, heads)
 
 
 def _text_tokens(condition: Condition) -> int:
@@ -272,7 +273,10 @@ class _Processor:
     @torch.compiler.disable
     def __call__(self, attn: nn.Module, hidden: Tensor, *args: Any, **kw: Any) -> Any:
         encoder = kw.get("encoder_hidden_states", args[0] if args else None)
-        watch = _Watch(self, attn, 0 if encoder is None else encoder.shape[1])
+        text = 0 if encoder is None else encoder.shape[1]
+        if not self.active(len(hidden), self._tokens(hidden, text), text, attn.heads):
+            return self.original(attn, hidden, *args, **kw)
+        watch = _Watch(self, attn, text)
         with watch:
             result = self.runner(attn, hidden, *args, **kw)
         if not watch.seen:
@@ -283,11 +287,18 @@ class _Processor:
             )
         return result
 
-    def active(self, q: Tensor, k: Tensor, text: int) -> Active:
+    def _tokens(self, hidden: Tensor, text: int) -> tuple[int, int]:
+        """Numbers of queries and keys that the attention over `hidden` will have."""
+        pixels = hidden.shape[1] if hidden.ndim == 3 else hidden.shape[-2] * hidden.shape[-1]
+        if self.site.kind == "joint":
+            return pixels + text, pixels + text
+        return pixels, text if self.site.kind == "cross" else pixels
+
+    def active(self, rows: int, tokens: tuple[int, int], text: int, heads: int) -> Active:
         """Controls that take part in this call, each with its description of it."""
         found: Active = []
         for hooks, controls in self.parties:
-            call = hooks.describe(self.site, q, k, text)
+            call = hooks.describe(self.site, rows, tokens, text, heads)
             if call is not None:
                 found += [(c, call) for c in controls if c.active(call)]
         return found
@@ -331,7 +342,8 @@ class _Watch(TorchFunctionMode):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:
         names = ("attn_mask", "dropout_p", "is_causal")
         settings = dict(zip(names, args, strict=False)) | kw | self.forced
-        active = self.processor.active(query, key, self.text)
+        tokens = (query.shape[-2], key.shape[-2])
+        active = self.processor.active(len(query), tokens, self.text, query.shape[1])
         for control, call in active:
             query, key, value = control.qkv(call, query, key, value)
         if any(_needs_maps(control) for control, _ in active):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -72,7 +73,7 @@ class Edit:
     """
 
     kind: str
-    value: object = None
+    value: Any = None
     index: int = 0
 
 
@@ -194,12 +195,8 @@ class Studio:
 
     def render(self, scene: Scene, backdrop: np.ndarray | None = None) -> np.ndarray:
         """The image (64, 64, 3) uint8, on `backdrop` (64, 64, 3) in 0..1 if given."""
-        image = np.empty((SIZE, SIZE, 3), np.float32)
-        image[:] = (
-            np.array(BACKGROUNDS[scene.background], np.float32) / 255.0
-            if backdrop is None
-            else backdrop
-        )
+        plain = np.array(BACKGROUNDS[scene.background], np.float32) / 255.0
+        image = np.broadcast_to(plain if backdrop is None else backdrop, (SIZE, SIZE, 3))
         for item in scene.items:
             colour, alpha = self.layer(item, scene.style)
             image = colour + (1.0 - alpha) * image
@@ -233,7 +230,8 @@ class Studio:
     def change(self, scene: Scene, edit: Edit) -> Scene:
         """The scene after an edit."""
         if edit.kind in ("style", "background"):
-            return replace(scene, **{edit.kind: edit.value})
+            changes: dict[str, Any] = {edit.kind: edit.value}
+            return replace(scene, **changes)
         return replace(scene, items=_changed_items(scene.items, edit))
 
     def pair(self, scene: Scene, edit: Edit, form: Form = Form()) -> Pair:
@@ -247,9 +245,9 @@ class Studio:
         before, after = self.masks(source), self.masks(target)
         if edit.kind == "background":
             layers = [self.layer(item, source.style)[1][..., 0] < 1 for item in source.items]
-            return np.logical_and.reduce(layers)
+            return np.all([np.ones((SIZE, SIZE), bool), *layers], axis=0)
         if edit.kind == "style":
-            return np.concatenate([before, after]).any(0)
+            return np.any(np.concatenate([before, after]), axis=0)
         if edit.kind == "add":
             return after[-1]
         if edit.kind == "remove":

@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -76,10 +75,18 @@ def plain_code(code: str) -> str:
     return "-".join(part for part in code.lower().split("-") if part != "fe0f")
 
 
+def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:
+    """Content of a regular file in an archive."""
+    file = archive.extractfile(member)
+    if file is None:
+        raise ValueError(f"{member!r} is not a regular file of the archive")
+    return file.read()
+
+
 def read_labels(tarball: Path) -> dict[str, tuple[str, str]]:
     """Code -> (label, group) of every emoji in a group we keep."""
     with tarfile.open(tarball) as archive:
-        entries = json.load(archive.extractfile(LABELS[2]))
+        entries = json.loads(read_member(archive, LABELS[2]))
     kept = (entry for entry in entries if entry.get("group") in GROUPS)
     return {plain_code(e["hexcode"]): (e["label"], GROUPS[e["group"]]) for e in kept}
 
@@ -90,7 +97,7 @@ def read_images(tarball: Path, prefix: str, codes: set[str]) -> Iterator[tuple[s
         for member in archive:
             code = plain_code(Path(member.name).stem)
             if member.name.startswith(prefix) and code in codes:
-                data = io.BytesIO(archive.extractfile(member).read())
+                data = io.BytesIO(read_member(archive, member))
                 yield code, Image.open(data).convert("RGBA")
 
 
@@ -184,12 +191,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache")
     parser.add_argument("--tarballs", type=Path, help="folder with (or for) the npm tarballs")
     options = parser.parse_args()
-    scratch = None if options.tarballs else Path(tempfile.mkdtemp())
-    try:
-        rows, images = collect(options.tarballs or scratch)
-    finally:
-        if scratch:
-            shutil.rmtree(scratch)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, images = collect(options.tarballs or Path(scratch))
     save(options.out, rows, images)
 
 

@@ -18,17 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core.registry import Paper, get, register
+from ..core.registry import get, register
 from ..core.solver import Solver
+from ..solvers.ddim import DDIM_PAPER
 from .base import ClimbOptions, SolverInverter
-
-DDIM_PAPER = Paper(
-    "Denoising Diffusion Implicit Models",
-    "Song, Jiaming and Meng, Chenlin and Ermon, Stefano",
-    2021,
-    "2010.02502",
-    "ICLR 2021",
-)
 
 
 @dataclass(frozen=True)

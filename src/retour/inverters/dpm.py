@@ -11,16 +11,10 @@ Models", 2022, arXiv 2211.01095.
 
 from __future__ import annotations
 
-from ..core.registry import Paper, get, register
+from ..core.registry import get, register
 from ..core.solver import Solver
+from ..solvers.dpm import DPM_PAPER
 from .base import ClimbOptions, SolverInverter
-
-DPM_PAPER = Paper(
-    "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models",
-    "Lu, Cheng and Zhou, Yuhao and Bao, Fan and Chen, Jianfei and Li, Chongxuan and Zhu, Jun",
-    2022,
-    "2211.01095",
-)
 
 
 @register(

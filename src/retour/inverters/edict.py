@@ -19,18 +19,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import Paper, get, register
+from ..core.registry import get, register
 from ..core.solver import Solver
 from ..core.state import Inversion
+from ..solvers.edict import EDICT_PAPER
 from .base import Job, Replay
-
-EDICT_PAPER = Paper(
-    "EDICT: Exact Diffusion Inversion via Coupled Transformations",
-    "Wallace, Bram and Gokul, Akash and Naik, Nikhil",
-    2023,
-    "2211.12446",
-    "CVPR 2023",
-)
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,6 @@ class EDICTOptions:
     paper=EDICT_PAPER,
     options=EDICTOptions,
     exact=True,
-    order=1,
     nfe="2N (4N guided)",
     provides={"trajectory", "exact"},
 )

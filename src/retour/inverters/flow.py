@@ -20,39 +20,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import Paper, get, register
+from ..core.registry import get, register
 from ..core.solver import Solver
+from ..solvers.ddim import FLOW_PAPER
+from ..solvers.runge_kutta import HEUN_PAPER, RF_SOLVER_PAPER
 from .base import ClimbOptions, SolverInverter
-
-RF_PAPER = Paper(
-    "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow",
-    "Liu, Xingchao and Gong, Chengyue and Liu, Qiang",
-    2023,
-    "2209.03003",
-    "ICLR 2023",
-)
-RF_SOLVER_PAPER = Paper(
-    "Taming Rectified Flow for Inversion and Editing",
-    "Wang, Jiangshan and Pu, Junfu and Qi, Zhongang and Guo, Jiayi and Ma, Yue and "
-    "Huang, Nisha and Chen, Yuxin and Li, Xiu and Shan, Ying",
-    2025,
-    "2411.04746",
-    "ICML 2025",
-)
-HEUN_PAPER = Paper(
-    "Elucidating the Design Space of Diffusion-Based Generative Models",
-    "Karras, Tero and Aittala, Miika and Aila, Timo and Laine, Samuli",
-    2022,
-    "2206.00364",
-    "NeurIPS 2022",
-)
 
 
 @register(
     "euler",
     task="invert",
     summary="the flow ODE by Euler steps; first order",
-    paper=RF_PAPER,
+    paper=FLOW_PAPER,
     options=ClimbOptions,
     order=1,
     nfe="N",

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -204,10 +204,10 @@ class ClipTask:
         loss, accuracy = contrastive_loss(*vectors, scale, same)
         return {"loss": loss, "accuracy": accuracy, "scale": scale}
 
-    def picture(self, model: nn.Module) -> None:
+    def picture(self, model: CLIPModel) -> None:
         """A CLIP has no picture."""
 
-    def publish(self, model: nn.Module, folder: Path) -> None:
+    def publish(self, model: CLIPModel, folder: Path) -> None:
         """Write model, tokenizer and `captions.json` (the phrases that it knows)."""
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

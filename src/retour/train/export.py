@@ -11,8 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +30,7 @@ CARD = "README.md"
 MODEL_FILE = "diffusion_pytorch_model.safetensors"
 TEXT_SHARD, OTHER_SHARD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 WEIGHTS = Path(__file__).parents[1] / "weights"
-SD_INDEX = {
+SD_INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",
     "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -39,7 +42,7 @@ SD_INDEX = {
     "image_encoder": [None, None],
     "requires_safety_checker": False,
 }
-SD3_INDEX = {
+SD3_INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusion3Pipeline",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
@@ -111,7 +114,7 @@ def link(folder: Path, **targets: str) -> None:
         (folder / name).symlink_to(target)
 
 
-def write_index(folder: Path, index: dict[str, object]) -> None:
+def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Write the list of a pipeline's parts."""
     write_json(folder / "model_index.json", index | {"_diffusers_version": version("diffusers")})
 
@@ -170,26 +173,21 @@ def write_blank_t5(encoder: Path, tokenizer: Path, width: int) -> None:
 
 def export(weights: Path, clip: Path, vae: Path, denoisers: dict[str, Path]) -> None:
     """Write all folders, keeping their cards (README.md); `denoisers` has "unet" and "mmdit"."""
-    writers = {
+    writers: dict[str, Callable[[Path], None]] = {
         "clip": lambda folder: write_clip(folder, clip),
         "vae": lambda folder: copy_part(vae, folder),
         "emoji-unet": lambda folder: write_unet(folder, denoisers["unet"], clip),
         "emoji-mmdit": lambda folder: write_mmdit(folder, denoisers["mmdit"], clip),
     }
     for name, write in writers.items():
-        replace_folder(
-            weights / name,
-            lambda folder, name=name, write=write: (
-                write(folder),
-                keep_card(weights / name, folder),
-            ),
-        )
+        replace_folder(weights / name, partial(fill, write=write, old=weights / name))
 
 
-def keep_card(old: Path, new: Path) -> None:
-    """Take over the model card of the folder that is replaced."""
+def fill(folder: Path, write: Callable[[Path], None], old: Path) -> None:
+    """Fill a new folder and take over the model card of the old one."""
+    write(folder)
     if (old / CARD).exists():
-        shutil.copyfile(old / CARD, new / CARD)
+        shutil.copyfile(old / CARD, folder / CARD)
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ class Trainer:
         self.task, self.options = task, options
         task.model.to(options.device)
         if options.channels_last:
-            task.model.to(memory_format=torch.channels_last)
+            task.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(task.model).eval().requires_grad_(False)
         groups = decay_groups(task.model, options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
@@ -199,8 +199,8 @@ class Trainer:
         self.recent.append({name: float(value.detach()) for name, value in terms.items()})
         if self.step % self.options.log_every:
             return
-        row = {"step": self.step, "seconds": round(self.seconds, 1)}
-        row |= {name: f"{fmean(terms[name] for terms in self.recent):.6g}" for name in terms}
+        row: dict[str, object] = {"step": self.step, "seconds": round(self.seconds, 1)}
+        row |= {name: f"{fmean(past[name] for past in self.recent):.6g}" for name in terms}
         self.recent = []
         append_row(self.options.out / "losses.csv", row)
 

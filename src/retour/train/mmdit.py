@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -73,14 +73,10 @@ class MmditTask:
         easel: Easel,
         batch: int,
         dropout: float,
-        model: nn.Module,
+        model: SD3Transformer2DModel,
     ) -> None:
-        self.pool, self.text, self.easel, self.model = (
-            pool,
-            text.eval().requires_grad_(False),
-            easel,
-            model,
-        )
+        self.pool, self.easel, self.model = pool, easel, model
+        self.text = text.eval().requires_grad_(False)
         self.batch, self.dropout = batch, dropout
 
     def loss(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -96,7 +92,7 @@ class MmditTask:
         return {"loss": (velocity - (noise - x)).square().mean()}
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, steps: int = 20, scale: float = 4.0) -> Tensor:
+    def sample(self, model: SD3Transformer2DModel, steps: int = 20, scale: float = 4.0) -> Tensor:
         """Euler samples (B, 4, 16, 16) for the easel's prompts."""
         words, pooled = embed(self.text, self.easel.ids, 0)
         x = self.easel.noise
@@ -109,11 +105,11 @@ class MmditTask:
             x = x + (s_next - s) * velocity
         return x
 
-    def picture(self, model: nn.Module) -> Image.Image:
+    def picture(self, model: SD3Transformer2DModel) -> Image.Image:
         """Samples for the easel's prompts."""
         return self.easel.show(self.sample(model))
 
-    def publish(self, model: nn.Module, folder: Path) -> None:
+    def publish(self, model: SD3Transformer2DModel, folder: Path) -> None:
         """Write the averaged model."""
         model.save_pretrained(folder)
 

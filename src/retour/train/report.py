@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def make_generators(weights: Path, guidance: float) -> dict[str, Generate]:
         "emoji-mmdit": (mmdit, common | {"num_inference_steps": 28, "max_sequence_length": 1}),
     }
 
-    def bind(pipe: object, options: dict[str, object]) -> Generate:
+    def bind(pipe: Any, options: dict[str, object]) -> Generate:
         pipe.set_progress_bar_config(disable=True)
         return lambda prompts: (
             pipe(prompts, generator=torch.Generator().manual_seed(SEED), **options).images

@@ -9,13 +9,14 @@ the model also holds outside the palette.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from retour.data.scenes import Mix, Sampler, Scene, Studio, make_split
 from retour.data.sprites import SIZE, load
@@ -41,7 +42,7 @@ def make_vae(widths: tuple[int, ...] = (24, 48, 96)) -> AutoencoderKL:
     )
 
 
-def to_tensor(images: list[np.ndarray] | np.ndarray) -> Tensor:
+def to_tensor(images: Sequence[np.ndarray]) -> Tensor:
     """Images (H, W, 3) uint8 to one tensor (B, 3, H, W) in -1..1."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return pixels.float() / 127.5 - 1.0
@@ -99,7 +100,7 @@ class VaeTask:
     part = "vae"
 
     def __init__(
-        self, train: Sampler, check: Sampler, batch: int, device: str, model: nn.Module
+        self, train: Sampler, check: Sampler, batch: int, device: str, model: AutoencoderKL
     ) -> None:
         self.train, self.batch, self.device, self.model = train, batch, device, model
         self.shown = to_tensor([check.studio.render(check.scene(i)) for i in range(48)]).to(device)
@@ -126,7 +127,7 @@ class VaeTask:
             "psnr": psnr(x, y.detach()).mean(),
         }
 
-    def picture(self, model: nn.Module) -> Image.Image:
+    def picture(self, model: AutoencoderKL) -> Image.Image:
         """Held-out scenes over their reconstructions."""
         y = model.decode(model.encode(self.shown).latent_dist.mode()).sample
         rows = [
@@ -135,7 +136,7 @@ class VaeTask:
         print(f"held-out PSNR {psnr(self.shown, y).mean():.2f} dB", flush=True)
         return grid(torch.cat(rows) / 2 + 0.5, 16)
 
-    def publish(self, model: nn.Module, folder: Path) -> None:
+    def publish(self, model: AutoencoderKL, folder: Path) -> None:
         """Write the averaged model with its scale set on training scenes."""
         scenes = [self.train.studio.render(self.train.scene(n)) for n in range(256)]
         set_scale(model, to_tensor(scenes).to(self.device))
