@@ -135,12 +135,13 @@ def test_evaluations_are_counted(method, options, editor, evaluations):
     assert result.record["nfe"] == evaluations
 
 
-def test_batch_equals_loop():
+@pytest.mark.parametrize("method", [e.name for e in entries("invert")])
+def test_batch_equals_loop(method):
     images, prompts = [picture(k) for k in range(3)], [SOURCE, "a cat", "a green pear"]
-    batch = retour.invert(wide(), images, prompts, steps=3)
+    batch = retour.invert(wide(), images, prompts, method=method, steps=3)
     edited = retour.edit(batch, TARGET)
     for k in range(3):
-        alone = retour.invert(wide(), images[k], prompts[k], steps=3)
+        alone = retour.invert(wide(), images[k], prompts[k], method=method, steps=3)
         torch.testing.assert_close(batch.noise[k], alone.noise[0], rtol=1e-9, atol=1e-9)
         one = retour.edit(alone, TARGET)
         torch.testing.assert_close(edited.latents[k], one.latents[0], rtol=1e-8, atol=1e-8)
@@ -170,9 +171,13 @@ def test_saved_inversion_edits_alike(tmp_path):
         retour.Inversion.load(tmp_path / "a.safetensors", model("sd2"))
 
 
-def test_seed_and_run_are_deterministic():
-    first, second = retour.edit(invert(), TARGET), retour.edit(invert(), TARGET)
-    assert torch.equal(first.latents, second.latents)
+@pytest.mark.parametrize("method", [e.name for e in entries("invert")])
+def test_the_seed_decides_and_the_global_generator_does_not(method):
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        runs.append(retour.edit(invert(method=method), TARGET).latents)
+    assert torch.equal(*runs)
 
 
 def test_mask_keeps_the_background_of_the_latents():

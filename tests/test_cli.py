@@ -59,6 +59,7 @@ def test_edit_writes_picture_and_record(image, folder, tmp_path, capsys):
     assert printed["nfe"] == record["nfe"] == 15
     assert record["inversion"]["seed"] == 3 and record["editor"] == "p2p"
     assert printed["outputs"] == [str(out)]
+    assert json.loads((tmp_path / "out.retour.json").read_text()) == record
 
 
 def test_keep_size_and_several_targets(image, folder, tmp_path):
@@ -82,7 +83,7 @@ def test_method_options(image, folder, tmp_path):
     assert edit(image, folder, out, *more) == 0
     record = read_record(out)
     assert record["inverter_options"]["form"] == "overwrite"
-    assert record["editor_options"]["cross_steps"] == 0.8
+    assert record["editor_options"]["cross_steps"] == "0.8"
 
 
 def test_methods_is_a_table_and_a_list(capsys):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import declarations as claims
 import pytest
 import torch
-from declarations import denoiser, error, go, slope
 
+import declarations as claims
 import retour
+from declarations import denoiser, error, go, slope
 from retour.api import encode
 from retour.core.grid import Grid, lambda_grid
 from retour.core.registry import entries
@@ -113,9 +113,7 @@ def test_orders_hold_on_the_flow_network(entry, down):
 
     [reference] = [e for e in entries("solver") if e.name == "heun"]
     goal = go(reference.make(), denoise, start, grid(400), down=down).x
-    errors = [
-        error(go(entry.make(), denoise, start, grid(n), down=down).x, goal) for n in steps
-    ]
+    errors = [error(go(entry.make(), denoise, start, grid(n), down=down).x, goal) for n in steps]
     assert abs(slope(steps, errors) - order) < 0.3
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -26,7 +27,7 @@ from .editors.base import EditJob
 from .editors.blend import MaskBlend
 from .errors import RetourError, check_finite, check_range
 from .inverters.base import Job, Replay
-from .io import Placement, fit, read_image, save_image, to_image, to_tensor
+from .io import Placement, fit, read_image, save_image, save_json, to_image, to_tensor
 from .models.load import load
 from .record import describe_run
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 ModelLike: TypeAlias = "Model | DiffusionPipeline | str"
 MAX_GUIDANCE = 100.0
+RECORD_SUFFIX = ".retour.json"
 
 
 @dataclass
@@ -67,9 +69,13 @@ class Result:
         return self.placements[index].restore(self.images[index])
 
     def save(self, path: str | PathLike[str], *, index: int = 0, keep_size: bool = False) -> None:
-        """Save one picture; a PNG carries the record."""
+        """Save one picture, and its record beside it as `NAME.retour.json`.
+
+        A PNG carries the record inside as well.
+        """
         image = self.original_size(index) if keep_size else self.images[index]
         save_image(image, path, self.record)
+        save_json(self.record, FilePath(path).with_suffix(RECORD_SUFFIX))
 
 
 def methods(task: str | None = None, **facts: Any) -> list[Entry]:

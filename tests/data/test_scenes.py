@@ -6,6 +6,7 @@ from retour.data.palette import BACKGROUNDS
 from retour.data.scenes import (
     EDIT_KINDS,
     SCALES,
+    STYLE_PHRASES,
     Edit,
     Form,
     Item,
@@ -14,9 +15,11 @@ from retour.data.scenes import (
     Scene,
     Split,
     Studio,
+    favourites,
     make_split,
     with_article,
 )
+from retour.data.sprites import Sprites, core_nouns
 
 NOTHING = Split(frozenset(), frozenset())
 
@@ -179,3 +182,16 @@ def test_the_split_is_kept(studio):
 def test_the_split_follows_from_its_seed(studio):
     first, again, other = (make_split(studio.sprites, seed=s, share=0.25) for s in (1, 1, 2))
     assert first == again != other
+
+
+def test_favourites_come_as_often_as_asked(studio, monkeypatch):
+    monkeypatch.setattr("retour.data.scenes.favourites", lambda: frozenset({"owl"}))
+    sampler = Sampler(studio, NOTHING, mix=Mix(favoured=0.9))
+    first = [sampler.scene(number).items[0].concept for number in range(60)]
+    assert 45 <= first.count("owl") < 60
+
+
+def test_favourites_are_in_the_core_vocabulary_and_in_training():
+    nouns = set(core_nouns().values())
+    split = make_split(Sprites(dict.fromkeys((n, s) for n in nouns for s in STYLE_PHRASES)))
+    assert favourites() <= nouns - split.concepts

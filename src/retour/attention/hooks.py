@@ -271,7 +271,7 @@ class _Processor:
         vars(self)["__call__"] = self.runner.__call__
 
     @torch.compiler.disable
-    def __call__(self, attn: nn.Module, hidden: Tensor, *args: Any, **kw: Any) -> Any:
+    def __call__(self, attn: Any, hidden: Tensor, *args: Any, **kw: Any) -> Any:
         encoder = kw.get("encoder_hidden_states", args[0] if args else None)
         text = 0 if encoder is None else encoder.shape[1]
         if not self.active(len(hidden), self._tokens(hidden, text), text, attn.heads):

@@ -1,7 +1,7 @@
-"""Draws the pictures of the gallery from its scenes: `python -m retour.data.examples --data SPRITES`.
+"""Draws the gallery's pictures from its scenes: `python -m retour.data.examples --data SPRITES`.
 
-`examples/gallery.json` lists each picture's scene beside its prompt; a prompt that the scene does not
-bear out is refused, so that the gallery's captions stay true.
+`examples/gallery.json` lists each picture's scene beside its prompt; a prompt that the scene does
+not bear out is refused, so that the gallery's captions stay true.
 """
 
 from __future__ import annotations

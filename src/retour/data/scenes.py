@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -275,9 +276,15 @@ def _changed_items(items: tuple[Item, ...], edit: Edit) -> tuple[Item, ...]:
 EDIT_KINDS = ("object", "colour", "background", "style", "position", "add", "remove")
 
 
+@functools.cache
+def favourites() -> frozenset[str]:
+    """The concepts that a first-time user is likeliest to ask for."""
+    return frozenset((files("retour.data") / "favourites.txt").read_text("utf-8").splitlines())
+
+
 @dataclass(frozen=True)
 class Mix:
-    """How often a sampler draws each layout and a recoloured object, and its jitter."""
+    """How often a sampler draws each layout, recoloured objects and favourites, and the jitter."""
 
     centred: float = 0.78
     large: float = 0.05
@@ -286,6 +293,7 @@ class Mix:
     two: float = 0.08
     recoloured: float = 0.3
     jitter: float = 0.02
+    favoured: float = 0.0
 
 
 @dataclass
@@ -323,7 +331,10 @@ class Sampler:
     def scene(self, number: int) -> Scene:
         """Scene `number`."""
         rng = self.rng(number)
-        concept, style = self.keys[rng.integers(len(self.keys))]
+        keys = self.keys
+        if self.mix.favoured and rng.random() < self.mix.favoured:
+            keys = [key for key in keys if key[0] in favourites()] or keys
+        concept, style = keys[rng.integers(len(keys))]
         background = str(rng.choice(list(BACKGROUNDS)))
         kinds = ("centred", "large", "small", "corner", "two")
         kind = str(rng.choice(kinds, p=[getattr(self.mix, name) for name in kinds]))

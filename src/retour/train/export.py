@@ -69,6 +69,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"}
     )
+    path.chmod(0o644)
 
 
 def copy_part(source: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ python -m retour.train.latents --data SPRITES --vae RUN/vae --clip RUN/clip --ou
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from retour.train.clip import tokenize
 from retour.train.loop import add_data, write_atomically
 from retour.train.vae import to_tensor
 
-MIX = Mix(centred=0.84, large=0.03, small=0.02, corner=0.04, two=0.07, recoloured=0.27, jitter=0.01)
+MIX = Mix(0.88, 0.02, 0.01, 0.03, 0.06, recoloured=0.22, jitter=0.01)
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,13 @@ def main() -> None:
     for name in ("vae", "clip", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--count", type=int, default=32_000)
+    parser.add_argument("--favoured", type=float, default=0.0, help="share of favourite concepts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     studio = Studio(load(options.data, options.concepts))
-    sampler = Sampler(studio, make_split(studio.sprites), options.seed, "train", MIX)
+    mix = replace(MIX, favoured=options.favoured)
+    sampler = Sampler(studio, make_split(studio.sprites), options.seed, "train", mix)
     vae = AutoencoderKL.from_pretrained(options.vae).eval().to(options.device)
     build(sampler, vae, CLIPTokenizer.from_pretrained(options.clip), options.count).write(
         options.out

@@ -2,10 +2,11 @@
 
     python -m retour.train.mmdit --pool POOL --vae RUN/vae --clip RUN/clip --out RUN --minutes 90
 
-x_s = (1 - s) x0 + s eps, target eps - x0, s logit-normal. The conditioning is what
-StableDiffusion3Pipeline makes of one CLIP used twice and no T5: the next-to-last hidden states side
-by side, followed by rows of zeros in place of T5. The pipeline adds 256 such rows unless told
-otherwise (`max_sequence_length=1` is much faster), so some batches have them, most have 0 or 1.
+x_s = (1 - s) x0 + s eps, target eps - x0, s logit-normal, leaning towards noise. The conditioning
+is what StableDiffusion3Pipeline makes of one CLIP used twice and no T5: the next-to-last hidden
+states side by side, followed by rows of zeros in place of T5. The pipeline adds 256 such rows
+unless told otherwise (`max_sequence_length=1` is much faster), so some batches have them, most have
+0 or 1.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from retour.train.latents import Pool
 from retour.train.loop import Trainer, options_from
 
 TIMES = 1000
+CENTRE, SPREAD = 0.5, 1.2
 T5_ROWS = 256
 T5_EVERY = 16
 
@@ -83,7 +85,8 @@ class MmditTask:
         """Squared error of the velocity."""
         x, ids = self.pool.batch(self.batch, self.dropout, generator)
         noise = torch.randn(x.shape, generator=generator).to(x.device)
-        s = torch.sigmoid(torch.randn(len(x), generator=generator)).to(x.device)
+        logits = CENTRE + SPREAD * torch.randn(len(x), generator=generator)
+        s = torch.sigmoid(logits).to(x.device)
         share = s.view(-1, 1, 1, 1)
         words, pooled = embed(self.text, ids, step % 2 if step % T5_EVERY else T5_ROWS)
         velocity = self.model(

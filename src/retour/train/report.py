@@ -4,9 +4,10 @@
 
 Reconstructions and retrieval are measured on scenes of training sprites ("train"), on sprites whose
 concept was seen in other styles only ("pairs") and on concepts never seen ("concepts"). Generated
-images get three marks: the background (median colour of the border, nearest of the palette), the
-style and the concept (both as the tiny CLIP judges, among the captions of all three styles and of
-100 concepts). The tiny CLIP has seen the same data, so its marks are optimistic.
+images, also of the favourite concepts, get three marks: the background (median colour of the
+border, nearest of the palette), the style and the concept (both as the tiny CLIP judges, among the
+captions of all three styles and of 100 concepts). The tiny CLIP has seen the same data and is no
+perfect judge: its marks for the true images are reported beside.
 """
 
 from __future__ import annotations
@@ -162,6 +163,7 @@ def measure(
     split = make_split(studio.sprites)
     plain = {part: Sampler(studio, split, SEED, part) for part in PARTS}
     single = {part: Sampler(studio, split, SEED, part, SINGLE) for part in PARTS}
+    single["favourites"] = Sampler(studio, split, SEED, "train", replace(SINGLE, favoured=1.0))
     judge = Judge(weights / "clip", studio)
     result: dict[str, object] = {
         "count": count,
