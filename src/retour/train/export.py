@@ -97,6 +97,22 @@ def write_clip(folder: Path, source: Path) -> None:
     write_json(folder / "config.json", config | {"dtype": "float32"})
 
 
+# What `retour.load` takes from a folder beyond the pipeline: its defaults, and for the transformer
+# how many rows the blank T5 gives it.
+FACTS = "retour.json"
+UNET_FACTS = {
+    "default_guidance": 3.0,
+    "default_steps": 50,
+    "summary": "text-to-image at 64 px, Stable Diffusion layout, emoji art, v-prediction",
+}
+MMDIT_FACTS = {
+    "default_guidance": 3.0,
+    "default_steps": 28,
+    "summary": "text-to-image at 64 px, Stable Diffusion 3 layout, emoji art, rectified flow",
+    "t5_tokens": 0,
+}
+
+
 def text_config(clip: Path, kind: str) -> dict[str, object]:
     """Configuration of the text encoder alone, as the class `kind`."""
     config = json.loads((clip / "config.json").read_text())
@@ -132,6 +148,7 @@ def write_unet(folder: Path, source: Path, clip: Path) -> None:
     write_json(folder / "text_encoder" / "config.json", text_config(clip, "CLIPTextModel"))
     link(folder, vae="../vae", tokenizer="../clip")
     write_index(folder, SD_INDEX)
+    write_json(folder / FACTS, UNET_FACTS)
 
 
 def write_mmdit(folder: Path, source: Path, clip: Path) -> None:
@@ -152,6 +169,7 @@ def write_mmdit(folder: Path, source: Path, clip: Path) -> None:
         tokenizer_2="../clip",
     )
     write_index(folder, SD3_INDEX)
+    write_json(folder / FACTS, MMDIT_FACTS)
 
 
 def write_blank_t5(encoder: Path, tokenizer: Path, width: int) -> None:
