@@ -65,6 +65,9 @@ EDICT_PAPER = Paper(
     "CVPR 2023",
 )
 GROWTH_LIMIT = 1e5
+# Latents come from a float32 encoder: with edges halfway, as in usual rounding, one value in 256 of
+# them would lie on an edge exactly, and rounding in the last place would push it over.
+EDGE = (3 - math.sqrt(5)) / 2
 
 
 @dataclass(frozen=True)
@@ -167,11 +170,11 @@ class EDICT:
 
 
 def _snap(x: Tensor, bits: int | None) -> Tensor:
-    """Round to `bits` significant bits."""
+    """Round to `bits` significant bits, with edges where no float32 number lies."""
     if bits is None:
         return x
     mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.round(mantissa * 2**bits), exponent - bits)
+    return torch.ldexp(torch.floor(mantissa * 2**bits + EDGE), exponent - bits)
 
 
 def _couples_noise(kind: str) -> bool:
