@@ -1,7 +1,7 @@
 """Compare inverters on the paired set, where the true edited image is known.
 
     python benchmarks/paired.py [--model emoji-unet] [--inverters ddim,direct] [--editor p2p]
-                                [--limit N] [--batch 16] [--guidance W] [--steps N]
+                                [-E KEY=VALUE] [--limit N] [--batch 16] [--guidance W] [--steps N]
                                 [--suite FOLDER] [--out DIR]
 
 All methods get the same prompts, guidance and steps. Two rows come without any edit: "copy the
@@ -117,7 +117,14 @@ def ceiling(model: Model) -> Method:
     return run
 
 
-def method(model: Model, inverter: str, editor: str, guidance: float, steps: int | None) -> Method:
+def method(
+    model: Model,
+    inverter: str,
+    editor: str,
+    guidance: float,
+    steps: int | None,
+    options: dict[str, str],
+) -> Method:
     """Invert with one inverter and edit."""
 
     def run(items: Sequence[Item]) -> Outcome:
@@ -130,7 +137,7 @@ def method(model: Model, inverter: str, editor: str, guidance: float, steps: int
             steps=steps,
             guidance=guidance,
         )
-        result = api.edit(inversion, [item.target for item in items], editor=editor)
+        result = api.edit(inversion, [item.target for item in items], editor=editor, **options)
         images = [result.original_size(i) for i in range(len(items))]
         return Outcome(images, result.record["nfe"], (time.perf_counter() - begun) / len(items))
 
@@ -257,6 +264,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", default="emoji-unet")
     parser.add_argument("--inverters", default="ddim,direct", help="names, with commas between")
     parser.add_argument("--editor", default="p2p")
+    parser.add_argument("-E", dest="options", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--limit", type=int, help="number of pairs, taken evenly from all kinds")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--guidance", type=float, help="of all methods; the model's by default")
@@ -276,8 +284,9 @@ def main() -> None:
     suite = Suite.paired() if given.suite is None else Suite.load(given.suite, border=given.border)
     suite = suite.select(limit=given.limit)
     guidance = model.default_guidance if given.guidance is None else given.guidance
+    chosen = dict(option.split("=", 1) for option in given.options)
     inverters = {
-        name: method(model, name, given.editor, guidance, given.steps)
+        name: method(model, name, given.editor, guidance, given.steps, chosen)
         for name in given.inverters.split(",")
     }
     methods = {COPY: copy, CEILING: ceiling(model), **inverters}
@@ -292,6 +301,7 @@ def main() -> None:
         "suite": suite.name,
         "items": len(suite),
         "editor": given.editor,
+        "editor_options": given.options,
         "guidance": guidance,
         "steps": model.default_steps if given.steps is None else given.steps,
         "batch": given.batch,
@@ -304,7 +314,8 @@ def main() -> None:
     save_json(plain(report), given.out / "paired.json")
     write_csv(measures, given.out / "paired.csv")
     print(
-        f"{len(suite)} pairs of {suite.name!r}, {model.name} ({model.fingerprint}), {given.editor},"
+        f"{len(suite)} pairs of {suite.name!r}, {model.name} ({model.fingerprint}), "
+        f"{' '.join([given.editor, *given.options])},"
         f" {report['steps']} steps, guidance {guidance:g};"
         f" structure: {report['structure_backbone']}"
     )
