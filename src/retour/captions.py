@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .io import to_tensor
+from .models.quiet import quietly
 
 Parts = tuple[str, str, str, str]
 
@@ -39,7 +40,9 @@ class Captioner:
     def __init__(self, folder: Path):
         from transformers import CLIPModel, CLIPTokenizer
 
-        self.model = CLIPModel.from_pretrained(folder).float().eval().requires_grad_(False)
+        with quietly():
+            model = CLIPModel.from_pretrained(folder)
+        self.model = model.float().eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.vocabulary = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
         self._known: dict[str, Tensor] = {}
