@@ -24,10 +24,11 @@ import argparse
 import csv
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def method(
     editor: str,
     guidance: float,
     steps: int | None,
-    options: dict[str, str],
+    options: Mapping[str, str] = MappingProxyType({}),
 ) -> Method:
     """Invert with one inverter and edit."""
 
