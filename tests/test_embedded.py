@@ -21,15 +21,6 @@ PROMPT = "a 3d render of a red apple on a sky blue background"
 EDIT = "a 3d render of a green apple on a sky blue background"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The same sums in the same order, whatever else the machine does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @lru_cache
 def model(name: str, dtype: str = "float32"):
     return retour.load(name, dtype=dtype)
