@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .data.scenes import with_article
 from .io import to_tensor
 from .models.quiet import quietly
 
@@ -109,11 +110,7 @@ def _coloured(colour: str, concept: str) -> str:
         return concept
     if article not in ("a", "an"):
         return f"{colour} {concept}"
-    return f"{_article(colour)} {colour} {noun}"
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
+    return with_article(f"{colour} {noun}")
 
 
 def _features(output: Any) -> Tensor:

@@ -28,12 +28,12 @@ Reference: Ju et al., "Direct Inversion: Boosting Diffusion-based Editing with 3
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from ..core.branches import Branch, Layout
+from ..core.branches import Branch, Layout, rescale
 from ..core.control import Control
 from ..core.grid import Grid, Step
 from ..core.registry import Paper, get, register
@@ -130,7 +130,7 @@ class _Correction(Control):
         """An overwritten source needs no guidance."""
         if self.options.form != "overwrite":
             return branches
-        return tuple(replace(b, scale=1.0) if b.name == "source" else b for b in branches)
+        return rescale(branches, source=1.0)
 
     def after_step(self, step: Step, state: State, before: State, layout: Layout) -> State:
         """The three lines."""
