@@ -40,14 +40,29 @@ def invert(family: str = "sd1", **options):
     return retour.invert(model(family), picture(), SOURCE, **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("editor", [e.name for e in entries("edit")])
-@pytest.mark.parametrize("method", [e.name for e in entries("invert")])
-def test_every_pair_runs_or_is_refused(family, method, editor):
+def pairs():
+    """Every inverter with every editor on one family in turn; both with a usual mate on all."""
+    inverters, editors = entries("invert"), entries("edit")
+    for i, method in enumerate(inverters):
+        for k, editor in enumerate(editors):
+            usual = editor.name == "p2p" or method.name == "direct"
+            for family in FAMILIES if usual else [FAMILIES[(i + k) % len(FAMILIES)]]:
+                yield pytest.param(
+                    method, editor, family, id=f"{method.name}-{editor.name}-{family}"
+                )
+
+
+@pytest.mark.parametrize(("method", "editor", "family"), list(pairs()))
+def test_every_pair_runs_or_is_refused(method, editor, family):
     mask = np.zeros((16, 16))
     mask[4:12, 4:12] = 1
-    inversion = invert(family, method=method)
-    result = retour.edit(inversion, TARGET, editor=editor, mask=mask)
+    possible = method.needs | editor.needs <= model(family).capabilities
+    if not (possible and editor.requires <= method.provides):
+        with pytest.raises(retour.RetourError, match="use "):
+            retour.edit(invert(family, method=method.name), TARGET, editor=editor.name)
+        return
+    inversion = invert(family, method=method.name)
+    result = retour.edit(inversion, TARGET, editor=editor.name, mask=mask)
     assert result.image.size == (16, 16)
     assert torch.isfinite(result.latents).all()
     json.dumps(retour.io.plain(result.record))

@@ -311,14 +311,16 @@ def edit(
     refuse_impossible(model, method, entry)
     targets = _targets(target, inversion)
     scale = inversion.guidance if guidance is None else _guidance(model, guidance)
-    denoiser = _edit_denoiser(model, inversion, targets, scale, plan.source_branch, rule)
+    replay = method.make(**inversion.options).replay(inversion)
+    source = plan.source_branch or replay.source_branch
+    denoiser = _edit_denoiser(model, inversion, targets, scale, source, rule)
+    denoiser.branches = plan.arrange(denoiser.branches)
     job = EditJob(
         model, inversion, denoiser.layout, targets, inversion.grid, _mask(mask, inversion)
     )
     controls = [plan.control(job)]
     if job.mask is not None and editor != "mask-blend":
         controls.append(MaskBlend(job))
-    replay = method.make(**inversion.options).replay(inversion)
     latents = _descend(replay, inversion, denoiser, controls, observers)
     prompts = [p for ps in targets.values() for p in ps]
     asked = {

@@ -1,9 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 
 import declarations as claims
 from problems import PATHS, ProblemModel, mixture, points
-from retour.core.branches import Branch, Denoiser, Layout, rescale
+from retour.core.branches import Branch, Denoiser, Layout, Wrapped, rescale
+from retour.core.guidance import Interval
 from retour.core.model import Condition, Ledger, Model, evaluate
 
 MODEL = ProblemModel(mixture(), PATHS["vp"])
@@ -106,6 +109,34 @@ def test_layout():
     }
     with pytest.raises(ValueError):
         layout["nobody"]
+
+
+def test_auxiliary_branches_are_no_targets():
+    aide = dataclasses.replace(TARGET, name="layout", auxiliary=True)
+    layout = Denoiser(MODEL, [SOURCE, TARGET, aide]).layout
+    assert layout.names == ("source", "target", "layout")
+    assert layout.targets() == ("target",)
+
+
+def test_a_time_for_each_row():
+    guidance = Interval(0.4, 0.6)
+    denoise = Denoiser(MODEL, [SOURCE, TARGET], guidance=guidance)
+    x, times = points(4), torch.tensor([0.5, 0.7, 0.5, 0.7], dtype=torch.float64)
+    together = denoise(x, times)
+    for k, t in enumerate(times.tolist()):
+        alone = Denoiser(MODEL, [SOURCE, TARGET], guidance=guidance)(x, t)
+        torch.testing.assert_close(together.eps[k], alone.eps[k], rtol=0, atol=1e-14)
+        torch.testing.assert_close(together.x0[k], alone.x0[k], rtol=0, atol=1e-14)
+
+
+def test_wrapped_denoisers_nest_and_pass_on_what_they_wrap():
+    denoise = Denoiser(MODEL, [TARGET])
+    double = Wrapped(denoise, lambda prediction, x, t: prediction.map(lambda face: 2 * face))
+    more = Wrapped(double, lambda prediction, x, t: prediction.map(lambda face: face + t))
+    x = points(2)
+    assert torch.equal(more(x, 0.5).eps, 2 * denoise(x, 0.5).eps + 0.5)
+    assert (more.kind, more.model, more.ledger) == (denoise.kind, MODEL, denoise.ledger)
+    assert more.branches is denoise.branches
 
 
 def test_rescale_by_name():

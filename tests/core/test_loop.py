@@ -3,7 +3,7 @@ import torch
 
 import declarations as claims
 from problems import PATHS, ProblemModel, mixture, points
-from retour.core.branches import rescale
+from retour.core.branches import Wrapped, rescale
 from retour.core.control import Control
 from retour.core.grid import flow_grid
 from retour.core.loop import walk
@@ -49,6 +49,30 @@ def test_controls_are_folded_in_order():
     assert len(log) == 4 * 6 + 2 and len(each) == 4
     assert log[-2:] == [("a", "finish"), ("b", "finish")]
     assert torch.equal(end.x, (plain.x * 2 + 1) * 3 + 1)
+
+
+class Scaled(Control):
+    """Multiplies every prediction."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def denoiser(self, step, denoise, layout):
+        return Wrapped(denoise, lambda found, x, t: found.map(lambda face: self.factor * face))
+
+
+def test_controls_wrap_the_denoiser_in_order():
+    denoise = claims.denoiser(MODEL, 4, "red")
+    controls = [Scaled(2.0), Scaled(0.25)]
+    end = walk(EULER, denoise, State(points()), GRID, down=True, controls=controls)
+
+    def halved(x, t):
+        return denoise(x, t).map(lambda face: face / 2)
+
+    x = points()
+    for step in GRID.walk(down=True):
+        x = EULER.step(halved, State(x), step, MODEL.path).x
+    assert torch.equal(end.x, x)
 
 
 def test_branches_are_restored():

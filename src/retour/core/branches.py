@@ -7,7 +7,7 @@ a conditional one. Controls address rows by name, never by index arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .guidance import CFG, Guidance
 from .model import Condition, Ledger, Model, evaluate
-from .path import Prediction
+from .path import Prediction, Time
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Branch:
         condition: B prompts.
         uncond: B negative (or empty) prompts; not needed at scale 1.
         scale: guidance scale.
+        auxiliary: carried for the others' sake (a layout branch), not a result of the run.
     """
 
     name: str
     condition: Condition
     uncond: Condition | None = None
     scale: float = 1.0
+    auxiliary: bool = False
 
     @property
     def guided(self) -> bool:
@@ -70,6 +72,7 @@ class Layout:
 
     names: tuple[str, ...]
     images: int
+    auxiliary: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> slice:
         k = self.names.index(name)
@@ -81,8 +84,8 @@ class Layout:
             yield name, x[self[name]]
 
     def targets(self) -> tuple[str, ...]:
-        """All branches but the source."""
-        return tuple(n for n in self.names if n != "source")
+        """The branches whose ends are results: neither the source nor auxiliary ones."""
+        return tuple(n for n in self.names if n != "source" and n not in self.auxiliary)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,9 @@ class Denoiser:
     @property
     def layout(self) -> Layout:
         """Layout of the state it expects."""
-        return Layout(tuple(b.name for b in self.branches), len(self.branches[0].condition))
+        names = tuple(b.name for b in self.branches)
+        auxiliary = tuple(b.name for b in self.branches if b.auxiliary)
+        return Layout(names, len(self.branches[0].condition), auxiliary)
 
     @property
     def kind(self) -> str:
@@ -137,9 +142,9 @@ class Denoiser:
         kept = [b for b in self.branches if b.name in names]
         return Denoiser(self.model, kept, guidance=self.guidance, ledger=self.ledger)
 
-    def plan(self, t: float) -> Plan:
+    def plan(self, t: Time) -> Plan:
         """What a call at `t` evaluates; kept as long as the branches stay the same."""
-        key = (self.branches, self.guidance.active(t))
+        key = (self.branches, any(self._active(t)))
         if (
             self._planned is None
             or self._planned[0][0] is not key[0]
@@ -147,6 +152,10 @@ class Denoiser:
         ):
             self._planned = key, self._make_plan(key[1])
         return self._planned[1]
+
+    def _active(self, t: Time) -> list[bool]:
+        times = t.tolist() if isinstance(t, Tensor) else [t]
+        return [self.guidance.active(time) for time in times]
 
     def _make_plan(self, active: bool) -> Plan:
         halves = [
@@ -161,21 +170,31 @@ class Denoiser:
         condition = Condition.cat([c for _, c, _ in halves if c is not None])
         return Plan(rows, condition, reads)
 
-    def __call__(self, x: Tensor, t: float) -> Prediction:
-        """Guided prediction for the stacked state `x` (branches * B, C, h, w) at time `t`."""
+    def __call__(self, x: Tensor, t: Time) -> Prediction:
+        """Guided prediction for the stacked state `x` (branches * B, C, h, w).
+
+        Args:
+            x: the state.
+            t: its path time, or (branches * B,) one for each row.
+        """
         plan = self.plan(t)
         self.rows = plan.rows
         try:
-            raw = evaluate(self.model, x[plan.reads.to(x.device)], t, plan.condition, self.ledger)
+            times = t[plan.reads.to(t.device)] if isinstance(t, Tensor) else t
+            reads = x[plan.reads.to(x.device)]
+            raw = evaluate(self.model, reads, times, plan.condition, self.ledger)
         finally:
             # Hooks must not take another denoiser's call on the same network for this one's.
             self.rows = Rows()
         cond = raw.map(lambda face: face[len(plan.rows) - len(x) :])
         if len(plan.rows) == len(x):
             return cond
-        return self._combine(plan.rows, raw, cond, x)
+        return self._combine(plan.rows, raw, cond, x, self._active(t))
 
-    def _combine(self, all_rows: Rows, raw: Prediction, cond: Prediction, x: Tensor) -> Prediction:
+    def _combine(
+        self, all_rows: Rows, raw: Prediction, cond: Prediction, x: Tensor, active: list[bool]
+    ) -> Prediction:
+        on = torch.tensor(active, device=x.device).expand(len(x))[:, None, None, None]
         x0, eps = [], []
         for branch in self.branches:
             part = self.layout[branch.name]
@@ -183,11 +202,53 @@ class Denoiser:
             if branch.guided:
                 rows = all_rows.where(branch.name, "uncond").to(x.device)
                 uncond = raw.map(lambda face, rows=rows: face[rows])
-                scale = torch.as_tensor(branch.scale, dtype=x.dtype, device=x.device)
+                scale = torch.where(on[part], x.new_tensor(branch.scale), x.new_tensor(1.0))
                 guided = self.guidance(guided, uncond, scale)
             x0.append(guided.x0)
             eps.append(guided.eps)
         return Prediction(torch.cat(x0), torch.cat(eps))
+
+
+class Wrapped:
+    """A denoiser whose predictions are rewritten: energies, virtual inversion, extra guidance.
+
+    Wrapped denoisers nest. `model` and `ledger` are the inner one's, for further evaluations.
+
+    Args:
+        inner: the denoiser to ask.
+        rule: (prediction, x, t) -> prediction, for the stacked state `x` (rows, C, h, w).
+    """
+
+    def __init__(
+        self,
+        inner: Denoiser | Wrapped,
+        rule: Callable[[Prediction, Tensor, float], Prediction],
+    ):
+        self.inner, self.rule = inner, rule
+
+    @property
+    def kind(self) -> str:
+        """What the network behind it predicts."""
+        return self.inner.kind
+
+    @property
+    def model(self) -> Model:
+        """The model behind it, hooked if the run is."""
+        return self.inner.model
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where evaluations are counted."""
+        return self.inner.ledger
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches of the step in progress."""
+        return self.inner.branches
+
+    def __call__(self, x: Tensor, t: float) -> Prediction:
+        """The rewritten prediction."""
+        return self.rule(self.inner(x, t), x, t)
 
 
 def rescale(branches: Sequence[Branch], **scales: float) -> tuple[Branch, ...]:

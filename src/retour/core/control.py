@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .branches import Branch, Layout
+from .branches import Branch, Denoiser, Layout, Wrapped
 from .grid import Step
 from .state import State
 
@@ -29,6 +29,12 @@ class Control:
     def branches(self, step: Step, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
         """Conditions and guidance scales to use in this step."""
         return branches
+
+    def denoiser(
+        self, step: Step, denoise: Denoiser | Wrapped, layout: Layout
+    ) -> Denoiser | Wrapped:
+        """Denoiser that the solver asks in this step: `denoise`, or it wrapped."""
+        return denoise
 
     def before_step(self, step: Step, state: State, layout: Layout) -> State:
         """State to step from."""
@@ -58,6 +64,14 @@ class Chain(Control):
         for control in self.controls:
             branches = control.branches(step, branches)
         return branches
+
+    def denoiser(
+        self, step: Step, denoise: Denoiser | Wrapped, layout: Layout
+    ) -> Denoiser | Wrapped:
+        """Folded: the last control's wrapper is the outermost."""
+        for control in self.controls:
+            denoise = control.denoiser(step, denoise, layout)
+        return denoise
 
     def before_step(self, step: Step, state: State, layout: Layout) -> State:
         """Folded."""

@@ -39,7 +39,8 @@ def walk(
 ) -> State:
     """Carry `state` across the whole grid, `down` to data or up to noise, and return its end.
 
-    The controls may rewrite the conditions before, and the state before and after each step; their
+    The controls may rewrite the conditions before each step, the predictions in it, and the state
+    before and after it; their
     attention controls are hooked for the whole walk and unhooked afterwards, whatever happens.
     """
     from ..attention.hooks import hooked
@@ -55,7 +56,8 @@ def walk(
                 hooks.step = step
             denoiser.branches = control.branches(step, branches)
             before = control.before_step(step, state, layout)
-            after = solver.step(denoiser, before, step, denoiser.model.path)
+            asked = control.denoiser(step, denoiser, layout)
+            after = solver.step(asked, before, step, denoiser.model.path)
             state = control.after_step(step, after, before, layout)
             for observer in observers:
                 observer(Event(step, state, denoiser))

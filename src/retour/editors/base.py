@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
-from ..core.branches import Layout
+from ..core.branches import Branch, Layout
 from ..core.control import Control
 from ..core.grid import Grid
 from ..core.model import Model
@@ -40,14 +40,19 @@ class EditJob:
         return self.inversion.prompts
 
 
-class Editor(Protocol):
+class Editor:
     """Turns a job into a control; holds options only.
 
     Attributes:
         source_branch: whether the run carries the source beside the targets.
     """
 
-    source_branch: bool
+    source_branch: ClassVar[bool] = False
+
+    def arrange(self, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
+        """Branches of the run, given the usual ones; auxiliary ones may be added at the end."""
+        return branches
 
     def control(self, job: EditJob) -> Control:
         """What this editor does to the run."""
+        raise NotImplementedError

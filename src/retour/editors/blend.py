@@ -46,7 +46,7 @@ from ..core.grid import Step
 from ..core.registry import NoOptions, Paper, register
 from ..core.state import State
 from ..errors import RetourError
-from .base import EditJob
+from .base import EditJob, Editor
 
 POOLED_GRID = 16  # The paper pools 3 x 3 on a 16 x 16 grid.
 LEAST_GRID = 8  # On 4 x 4 maps a pooled mask is half the picture.
@@ -214,10 +214,8 @@ class MaskBlend(Control):
     nfe="2N",
     requires={"trajectory"},
 )
-class MaskEditor:
+class MaskEditor(Editor):
     """Re-prompt inside the user's mask."""
-
-    source_branch = False
 
     def __init__(self, options: NoOptions | None = None):
         self.options = NoOptions() if options is None else options

@@ -46,7 +46,7 @@ from ..core.model import Tokens
 from ..core.registry import Paper, register
 from ..errors import RetourError, check_range
 from .align import align, differing, positions
-from .base import EditJob
+from .base import EditJob, Editor
 from .blend import BlendTokens, LocalBlend
 
 Range = tuple[float, float]
@@ -201,7 +201,7 @@ def _fit(table: Tensor, size: int) -> Tensor:
     nfe="4N",
     needs={"attention"},
 )
-class PromptToPrompt:
+class PromptToPrompt(Editor):
     """Prompt-to-Prompt: replace, refine, reweight, local blend."""
 
     source_branch = True

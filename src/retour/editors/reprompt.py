@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ..core.control import Control
 from ..core.registry import NoOptions, Paper, register
-from .base import EditJob
+from .base import EditJob, Editor
 
 
 @register(
@@ -29,10 +29,8 @@ from .base import EditJob
     options=NoOptions,
     nfe="2N",
 )
-class Reprompt:
+class Reprompt(Editor):
     """No control; no source branch."""
-
-    source_branch = False
 
     def __init__(self, options: NoOptions | None = None):
         self.options = NoOptions() if options is None else options

@@ -15,6 +15,7 @@ from ..core.grid import Grid
 from ..core.guidance import Guidance
 from ..core.loop import Event, walk
 from ..core.model import Condition, Ledger, Model
+from ..core.path import Prediction
 from ..core.solver import Solver
 from ..core.state import Inversion, State, stack
 
@@ -82,6 +83,42 @@ class Job:
         )
         return stack(states[::-1] if down else states)
 
+    def noise(self, count: int) -> Tensor:
+        """`count` independent unit noises (count, B, C, h, w), the same for each image.
+
+        Images of a batch share their noise, so that a batch does what its images do alone.
+        """
+        shape = (count, 1, *self.latents.shape[1:])
+        drawn = torch.randn(shape, generator=self.generator, dtype=self.latents.dtype)
+        return drawn.to(self.latents.device).expand(count, *self.latents.shape)
+
+    def predict_each(
+        self, x: Tensor, times: Sequence[float], scale: float, *, most: int = 64
+    ) -> Prediction:
+        """Guided predictions of independent states, batched over times and images.
+
+        Args:
+            x: (K, B, C, h, w) states of the source branch.
+            times: their K path times.
+            scale: guidance scale.
+            most: network rows in one call.
+
+        Returns:
+            A prediction with faces (K, B, C, h, w).
+        """
+        images = x.shape[1]
+        group = max(1, most // ((1 if scale == 1 else 2) * images))
+        clock = torch.as_tensor(times, dtype=torch.float64).repeat_interleave(images)
+        parts = []
+        for states, at in zip(x.split(group), clock.split(group * images), strict=True):
+            branch = Branch(
+                "source", self.condition.tile(len(states)), self.negative.tile(len(states)), scale
+            )
+            denoise = Denoiser(self.model, [branch], guidance=self.rule, ledger=self.ledger)
+            parts.append(denoise(states.flatten(0, 1), at))
+        whole = Prediction(torch.cat([p.x0 for p in parts]), torch.cat([p.eps for p in parts]))
+        return whole.map(lambda face: face.unflatten(0, (len(x), images)))
+
     def pack(
         self,
         method: str,
@@ -114,11 +151,14 @@ class Replay:
         solver: the matching sampler.
         state: B rows to start from; tiled over the branches of an edit.
         control: the method's correction of the source branch, per-step conditions, ...
+        source_branch: whether the way back needs the source branch beside the targets, even where
+            the editor does not.
     """
 
     solver: Solver
     state: State
     control: Control = field(default_factory=Control)
+    source_branch: bool = False
 
 
 class Inverter(Protocol):
