@@ -5,6 +5,10 @@
 A batch holds edit pairs (one attribute changed: object, colour, background, style, place), so that
 every image meets a hard negative; the loss is the symmetric contrastive one, blind to other rows
 with the same caption.
+
+    python -m retour.train.clip --data SPRITES --out RUN2 --start RUN/clip --vision-only
+
+trains the image side further against the words as they are: the generators' conditions stay.
 """
 
 from __future__ import annotations
@@ -162,8 +166,17 @@ class ClipTask:
     part = "clip"
 
     def __init__(
-        self, train: Sampler, tokenizer: CLIPTokenizer, batch: int, device: str, model: CLIPModel
+        self,
+        train: Sampler,
+        tokenizer: CLIPTokenizer,
+        batch: int,
+        device: str,
+        model: CLIPModel,
+        vision_only: bool = False,
     ) -> None:
+        if vision_only:
+            for part in (model.text_model, model.text_projection):
+                part.requires_grad_(False)
         self.train, self.tokenizer, self.batch, self.device, self.model = (
             train,
             tokenizer,
@@ -232,17 +245,28 @@ def retrieval(
     return float(torch.stack(hits).mean())
 
 
+def begin(start: Path | None, sprites: Sprites) -> tuple[CLIPTokenizer, CLIPModel]:
+    """Tokenizer and model to train: those of the folder `start`, or new ones."""
+    if start is not None:
+        return CLIPTokenizer.from_pretrained(start), CLIPModel.from_pretrained(start)
+    words = phrases(sprites)
+    tokenizer = train_tokenizer([text for texts in words.values() for text in texts])
+    return tokenizer, make_clip(tokenizer)
+
+
 def main() -> None:
     """Train from the command line; the averaged model goes to RUN/clip."""
-    arguments = add_data(
-        parser("clip", batch=128, lr=1e-3, ema=0.995, channels_last=False)
-    ).parse_args()
+    command = add_data(parser("clip", batch=128, lr=1e-3, ema=0.995, channels_last=False))
+    command.add_argument("--start", type=Path, help="model folder to start from")
+    command.add_argument("--vision-only", action="store_true", help="keep the text side")
+    arguments = command.parse_args()
+    if arguments.vision_only and arguments.start is None:
+        command.error("--vision-only needs --start, the model whose text side stays")
     options = options_from(arguments)
     studio = Studio(load(arguments.data, arguments.concepts))
     train = Sampler(studio, make_split(studio.sprites), options.seed, "train", MIX)
-    words = phrases(studio.sprites)
-    tokenizer = train_tokenizer([text for texts in words.values() for text in texts])
-    task = ClipTask(train, tokenizer, options.batch, options.device, make_clip(tokenizer))
+    tokenizer, model = begin(arguments.start, studio.sprites)
+    task = ClipTask(train, tokenizer, options.batch, options.device, model, arguments.vision_only)
     model = Trainer(task, options).fit().cpu()
     check = Sampler(studio, train.split, options.seed + 1)
     print(f"100-way retrieval {retrieval(model, tokenizer, check):.3f}")

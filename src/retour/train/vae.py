@@ -4,7 +4,12 @@
 
 The loss is L1 + 2 MSE + 0.5 L1 of the image gradients, in pixels of -1..1, plus a tiny KL that only
 keeps the latents bounded. Half of the images get varied backgrounds, tints and textures, so that
-the model also holds outside the palette.
+that the model also holds outside the palette.
+
+    python -m retour.train.vae --data SPRITES --out RUN2 --start RUN/vae --decoder-only --minutes 60
+
+trains the decoder further on the encoder's modes (what inversion and sampling give it): the latents
+stay as they are, and so do the generators made for them.
 """
 
 from __future__ import annotations
@@ -100,9 +105,19 @@ class VaeTask:
     part = "vae"
 
     def __init__(
-        self, train: Sampler, check: Sampler, batch: int, device: str, model: AutoencoderKL
+        self,
+        train: Sampler,
+        check: Sampler,
+        batch: int,
+        device: str,
+        model: AutoencoderKL,
+        decoder_only: bool = False,
     ) -> None:
         self.train, self.batch, self.device, self.model = train, batch, device, model
+        self.decoder_only = decoder_only
+        if decoder_only:
+            for part in (model.encoder, model.quant_conv):
+                part.requires_grad_(False)
         self.shown = to_tensor([check.studio.render(check.scene(i)) for i in range(48)]).to(device)
 
     def images(self, step: int) -> Tensor:
@@ -113,8 +128,16 @@ class VaeTask:
         return images.to(self.device, memory_format=torch.channels_last)
 
     def loss(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Reconstruction of a posterior sample, and the KL to the unit normal."""
+        """Reconstruction of a posterior sample, and the KL to the unit normal.
+
+        The decoder alone learns to reconstruct the mode.
+        """
         x = self.images(step)
+        if self.decoder_only:
+            with torch.no_grad():
+                mode = self.model.encode(x).latent_dist.mode()
+            y = self.model.decode(mode).sample.float()
+            return {"loss": reconstruction_loss(x, y), "psnr": psnr(x, y.detach()).mean()}
         posterior = self.model.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
         y = self.model.decode(posterior.mean + posterior.std * noise).sample.float()
@@ -137,9 +160,10 @@ class VaeTask:
         return grid(torch.cat(rows) / 2 + 0.5, 16)
 
     def publish(self, model: AutoencoderKL, folder: Path) -> None:
-        """Write the averaged model with its scale set on training scenes."""
-        scenes = [self.train.studio.render(self.train.scene(n)) for n in range(256)]
-        set_scale(model, to_tensor(scenes).to(self.device))
+        """Write the averaged model; with an encoder of its own, its scale is set on scenes."""
+        if not self.decoder_only:
+            scenes = [self.train.studio.render(self.train.scene(n)) for n in range(256)]
+            set_scale(model, to_tensor(scenes).to(self.device))
         model.save_pretrained(folder)
 
 
@@ -152,13 +176,20 @@ def set_scale(model: AutoencoderKL, images: Tensor) -> None:
 
 def main() -> None:
     """Train from the command line; the averaged model goes to RUN/vae."""
-    arguments = add_data(parser("vae", batch=16, lr=1.5e-3, ema=0.998)).parse_args()
+    command = add_data(parser("vae", batch=16, lr=1.5e-3, ema=0.998))
+    command.add_argument("--start", type=Path, help="model folder to start from")
+    command.add_argument("--decoder-only", action="store_true", help="keep the latents")
+    arguments = command.parse_args()
+    if arguments.decoder_only and arguments.start is None:
+        command.error("--decoder-only needs --start, the model whose latents stay")
     options = options_from(arguments)
     studio = Studio(load(arguments.data, arguments.concepts))
     split = make_split(studio.sprites)
     train = Sampler(studio, split, options.seed, "train", MIX)
     check = Sampler(studio, split, options.seed + 1, "concepts")
-    task = VaeTask(train, check, options.batch, options.device, make_vae())
+    start = arguments.start
+    model = make_vae() if start is None else AutoencoderKL.from_pretrained(start)
+    task = VaeTask(train, check, options.batch, options.device, model, arguments.decoder_only)
     Trainer(task, options).fit()
 
 
