@@ -6,6 +6,7 @@ from problems import PATHS, ProblemModel, mixture, points
 from retour.core.branches import Wrapped, rescale
 from retour.core.control import Control
 from retour.core.grid import flow_grid
+from retour.core.guidance import Interval
 from retour.core.loop import walk
 from retour.core.registry import get
 from retour.core.state import State, stack
@@ -73,6 +74,26 @@ def test_controls_wrap_the_denoiser_in_order():
     for step in GRID.walk(down=True):
         x = EULER.step(halved, State(x), step, MODEL.path).x
     assert torch.equal(end.x, x)
+
+
+class Late(Control):
+    """Guidance in the last two steps only."""
+
+    def guidance(self, step, rule):
+        return rule if step.position >= 2 else Interval(2.0, 3.0, rule)
+
+
+def test_controls_choose_the_guidance_rule_of_each_step():
+    denoise = claims.denoiser(MODEL, 4, "red", 5.0)
+    rule = denoise.guidance
+    end = walk(EULER, denoise, State(points()), GRID, down=True, controls=[Late()])
+    assert denoise.guidance is rule
+    assert denoise.ledger.nfe(4) == 2 * 1 + 2 * 2
+    x = State(points())
+    for step in GRID.walk(down=True):
+        scale = 5.0 if step.position >= 2 else 1.0
+        x = EULER.step(claims.denoiser(MODEL, 4, "red", scale), x, step, MODEL.path)
+    assert torch.equal(end.x, x.x)
 
 
 def test_branches_are_restored():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .branches import Branch, Denoiser, Layout, Wrapped
 from .grid import Step
+from .guidance import Guidance
 from .state import State
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ class Control:
     def branches(self, step: Step, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
         """Conditions and guidance scales to use in this step."""
         return branches
+
+    def guidance(self, step: Step, rule: Guidance) -> Guidance:
+        """How conditional and unconditional predictions are combined in this step."""
+        return rule
 
     def denoiser(
         self, step: Step, denoise: Denoiser | Wrapped, layout: Layout
@@ -64,6 +69,12 @@ class Chain(Control):
         for control in self.controls:
             branches = control.branches(step, branches)
         return branches
+
+    def guidance(self, step: Step, rule: Guidance) -> Guidance:
+        """Folded."""
+        for control in self.controls:
+            rule = control.guidance(step, rule)
+        return rule
 
     def denoiser(
         self, step: Step, denoise: Denoiser | Wrapped, layout: Layout

@@ -46,15 +46,17 @@ def walk(
     from ..attention.hooks import hooked
 
     control = Chain(controls)
-    layout, branches = denoiser.layout, denoiser.branches
+    layout, branches, rule = denoiser.layout, denoiser.branches, denoiser.guidance
     attention = control.attention()
     with ExitStack() as stack:
         stack.callback(setattr, denoiser, "branches", branches)
+        stack.callback(setattr, denoiser, "guidance", rule)
         hooks = stack.enter_context(hooked(denoiser, attention)) if attention else None
         for step in stack.enter_context(bar(grid.walk(down=down), grid.steps, label)):
             if hooks is not None:
                 hooks.step = step
             denoiser.branches = control.branches(step, branches)
+            denoiser.guidance = control.guidance(step, rule)
             before = control.before_step(step, state, layout)
             asked = control.denoiser(step, denoiser, layout)
             after = solver.step(asked, before, step, denoiser.model.path)
