@@ -13,6 +13,7 @@ from PIL import Image
 import retour
 import tiny
 from retour import api
+from retour.core.model import evaluate
 from retour.core.registry import entries
 
 SOURCE, TARGET = "a red apple on a blue background", "a green apple on a blue background"
@@ -76,6 +77,15 @@ def test_exact_inverters_return_exactly(family, method, steps):
     result = api.reconstruct(inversion)
     error = (result.latents - inversion.latents).norm() / inversion.latents.norm()
     assert error <= 1e-12
+
+
+def test_memory_layout_of_the_latents_does_not_reach_the_network():
+    loaded = model()
+    x = loaded.encode(torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16))
+    condition = loaded.embed([SOURCE, TARGET])
+    plain = evaluate(loaded, x.contiguous(), 1.0, condition)
+    other = evaluate(loaded, x.contiguous(memory_format=torch.channels_last), 1.0, condition)
+    assert torch.equal(plain.eps, other.eps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -119,3 +119,29 @@ def test_batch_rates(model):
     batch = script("batch")
     given = type("Given", (), {"inverter": "ddim", "editor": "reprompt", "steps": 2})
     assert batch.seconds(model, Suite.paired().items[:3], 2, given) > 0
+
+
+def test_inverters_are_measured_on_their_way_up_and_back(model, capsys):
+    inversion = script("inversion")
+    items = inversion.distinct(Suite.paired(), 3)
+    assert len({item.source for item in items}) == 3
+    measures = inversion.run_all(model, items, ["ddim", "edict"], 2, 3.0, 2)
+    rows = {m.method: [k for k in measures if k.method == m.method] for m in measures}
+    assert {name: len(row) for name, row in rows.items()} == dict.fromkeys(
+        [inversion.CEILING, inversion.WHITE, "ddim", "edict"], 3
+    )
+    assert max(m.latent for m in rows["edict"]) < 1e-12 < min(m.latent for m in rows["ddim"])
+    assert [m.nfe for m in rows["ddim"]] == [2 + 4] * 3
+    assert all(m.time > 0 for m in rows["ddim"])
+    lines = inversion.table(measures).splitlines()
+    assert len(lines) == 2 + 4 and lines[0].count("|") == 12
+    assert "ddim" in lines[-1]
+    capsys.readouterr()
+
+
+def test_peak_memory_is_that_of_the_block():
+    inversion = script("inversion")
+    with inversion.Peak(torch.device("cpu")) as peak:
+        held = torch.ones(2**24)  # 64 MiB
+        del held
+    assert math.isnan(peak.mib) or 60 < peak.mib < 120
