@@ -6,7 +6,7 @@ An inversion is made once and can be edited many times; every function returns i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,7 +23,7 @@ from .core.loop import Observer, walk
 from .core.model import Condition, Ledger, Model
 from .core.registry import Entry, entries, get
 from .core.state import Inversion
-from .editors.base import EditJob
+from .editors.base import EditJob, Start
 from .editors.blend import MaskBlend
 from .errors import RetourError, check_finite, check_range
 from .inverters.base import Job, Replay
@@ -269,9 +269,9 @@ def reconstruct(inversion: Inversion, *, guidance: float | None = None) -> Resul
     """
     model = _model_of(inversion)
     scale = inversion.guidance if guidance is None else _guidance(model, guidance)
-    replay = get("invert", inversion.method).make(**inversion.options).replay(inversion)
+    replay = _replay(inversion, model)
     denoiser = Denoiser(model, [_branch("source", inversion.condition, inversion, scale)])
-    latents = _descend(replay, inversion, denoiser)
+    latents = _descend(replay, inversion, denoiser, Start(replay.state, inversion.grid.steps))
     asked = {"inverter": inversion.method, "prompts": list(inversion.prompts), "guidance": scale}
     record = describe_run("reconstruct", model, denoiser.ledger, inversion.images, asked)
     return _result(model, latents, inversion, {**record, "inversion": inversion.record})
@@ -311,7 +311,7 @@ def edit(
     refuse_impossible(model, method, entry)
     targets = _targets(target, inversion)
     scale = inversion.guidance if guidance is None else _guidance(model, guidance)
-    replay = method.make(**inversion.options).replay(inversion)
+    replay = _replay(inversion, model)
     source = plan.source_branch or replay.source_branch
     denoiser = _edit_denoiser(model, inversion, targets, scale, source, rule)
     denoiser.branches = plan.arrange(denoiser.branches)
@@ -321,7 +321,8 @@ def edit(
     controls = [plan.control(job)]
     if job.mask is not None and editor != "mask-blend":
         controls.append(MaskBlend(job))
-    latents = _descend(replay, inversion, denoiser, controls, observers)
+    start = plan.prepare(job, denoiser, replay)
+    latents = _descend(replay, inversion, denoiser, start, controls, observers)
     prompts = [p for ps in targets.values() for p in ps]
     asked = {
         "inverter": inversion.method,
@@ -332,6 +333,7 @@ def edit(
         "targets": prompts,
         "guidance": scale,
         "masked": mask is not None,
+        **start.facts,
         "cut": _cut(model, prompts),
     }
     record = describe_run("edit", model, denoiser.ledger, inversion.images, asked)
@@ -403,21 +405,27 @@ def _mask(mask: Any, inversion: Inversion) -> Tensor | None:
     return values.expand(inversion.images, 1, -1, -1)
 
 
+def _replay(inversion: Inversion, model: Model) -> Replay:
+    """How to come back, its state where the model is."""
+    replay: Replay = get("invert", inversion.method).make(**inversion.options).replay(inversion)
+    return replace(replay, state=replay.state.map(lambda v: v.to(model.device)))
+
+
 def _descend(
     replay: Replay,
     inversion: Inversion,
     denoiser: Denoiser,
+    start: Start,
     controls: Sequence[Control] = (),
     observers: Sequence[Observer] = (),
 ) -> Tensor:
-    device = denoiser.model.device
-    state = replay.state.map(lambda v: v.to(device)).tile(len(denoiser.branches))
     end = walk(
         replay.solver,
         denoiser,
-        state,
+        start.state,
         inversion.grid,
         down=True,
+        between=(0, start.depth),
         controls=[replay.control, *controls],
         observers=observers,
         label="return",

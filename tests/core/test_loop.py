@@ -154,3 +154,27 @@ def test_a_control_can_hold_the_source_on_its_track():
     track.update(dict(enumerate(states)))
     end = walk(EULER, denoise, State(states[-1]), GRID, down=True, controls=[Hold()])
     assert torch.equal(end.x, points())
+
+
+@pytest.mark.parametrize("down", [True, False])
+def test_a_walk_in_parts_is_the_whole_walk(down):
+    seen = []
+    whole = walk(EULER, claims.denoiser(MODEL, 4), State(points()), GRID, down=down)
+    state = State(points())
+    for between in [(3, 4), (1, 3), (0, 1)][:: 1 if down else -1]:
+        state = walk(
+            EULER, claims.denoiser(MODEL, 4), state, GRID, down=down, between=between,
+            observers=[lambda e: seen.append(e.step)],
+        )  # fmt: skip
+    assert torch.equal(state.x, whole.x)
+    assert seen == list(GRID.walk(down=down))
+
+
+def test_an_empty_part_only_finishes():
+    log = []
+    start = State(points())
+    end = walk(
+        EULER, claims.denoiser(MODEL, 4), start, GRID, down=True, between=(0, 0),
+        controls=[Log("a", log)],
+    )  # fmt: skip
+    assert log == [("a", "finish")] and torch.equal(end.x, start.x + 1)

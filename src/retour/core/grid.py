@@ -66,9 +66,13 @@ class Grid:
         """Number of intervals."""
         return len(self.times) - 1
 
-    def walk(self, *, down: bool) -> Iterator[Step]:
-        """Yield the steps of generation (`down`) or of inversion."""
-        order = range(self.steps)
+    def walk(self, *, down: bool, between: tuple[int, int] | None = None) -> Iterator[Step]:
+        """Yield the steps of generation (`down`) or of inversion.
+
+        `between` picks the part from one index of `times` to another, (lower, higher); steps keep
+        the numbers that they have in the whole walk.
+        """
+        order = range(*((0, self.steps) if between is None else between))
         for k in reversed(order) if down else order:
             low, high = self.times[k], self.times[k + 1]
             yield Step(k, self.steps, high if down else low, low if down else high, down)

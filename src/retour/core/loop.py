@@ -33,15 +33,17 @@ def walk(
     grid: Grid,
     *,
     down: bool,
+    between: tuple[int, int] | None = None,
     controls: Sequence[Control] = (),
     observers: Sequence[Observer] = (),
     label: str = "",
 ) -> State:
-    """Carry `state` across the whole grid, `down` to data or up to noise, and return its end.
+    """Carry `state` across the grid, `down` to data or up to noise, and return its end.
 
     The controls may rewrite the conditions before each step, the predictions in it, and the state
-    before and after it; their
-    attention controls are hooked for the whole walk and unhooked afterwards, whatever happens.
+    before and after it; their attention controls are hooked for the whole walk and unhooked
+    afterwards, whatever happens. `between` walks only from one index of the grid's times to
+    another, (lower, higher).
     """
     from ..attention.hooks import hooked
 
@@ -52,7 +54,8 @@ def walk(
         stack.callback(setattr, denoiser, "branches", branches)
         stack.callback(setattr, denoiser, "guidance", rule)
         hooks = stack.enter_context(hooked(denoiser, attention)) if attention else None
-        for step in stack.enter_context(bar(grid.walk(down=down), grid.steps, label)):
+        steps = list(grid.walk(down=down, between=between))
+        for step in stack.enter_context(bar(steps, len(steps), label)):
             if hooks is not None:
                 hooks.step = step
             denoiser.branches = control.branches(step, branches)

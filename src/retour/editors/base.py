@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..core.branches import Branch, Layout
+from ..core.branches import Branch, Denoiser, Layout
 from ..core.control import Control
 from ..core.grid import Grid
 from ..core.model import Model
-from ..core.state import Inversion
+from ..core.state import Inversion, State
+from ..inverters.base import Replay
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,21 @@ class EditJob:
         return self.inversion.prompts
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where the run of an edit begins.
+
+    Attributes:
+        state: the stacked state of all branches.
+        depth: index in the grid of the time that it belongs to; 0 leaves nothing to walk.
+        facts: what was found on the way there, for the record.
+    """
+
+    state: State
+    depth: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Editor:
     """Turns a job into a control; holds options only.
 
@@ -56,3 +73,11 @@ class Editor:
     def control(self, job: EditJob) -> Control:
         """What this editor does to the run."""
         raise NotImplementedError
+
+    def prepare(self, job: EditJob, denoiser: Denoiser, replay: Replay) -> Start:
+        """Where the run begins: by default all branches at the inversion's noisy end.
+
+        Searches and walks of an editor's own happen here. They ask `denoiser`, its parts
+        (`only`), or further ones on its ledger, so that they are counted.
+        """
+        return Start(replay.state.tile(len(denoiser.branches)), job.grid.steps)
