@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from .errors import RetourError as RetourError
     from .models.load import embedded as embedded
     from .models.load import load as load
+    from .privacy.run import attack as attack
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Result": "api",
+    "attack": "privacy.run",
     "cite": "api",
     "edit": "api",
     "invert": "api",
@@ -39,6 +41,8 @@ __all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
+    if name == "privacy":
+        return importlib.import_module(".privacy", __name__)
     if name not in _WHERE:
         raise AttributeError(f"module 'retour' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)

@@ -97,7 +97,8 @@ def _methods_of(what: Result | Inversion | str) -> list[Entry]:
     if isinstance(what, Inversion):
         return [get("invert", what.method)]
     used = [get("invert", what.inversion.method)]
-    return used + ([get("edit", what.record["editor"])] if "editor" in what.record else [])
+    further = {"edit": "editor", "attack": "attack"}
+    return used + [get(task, what.record[k]) for task, k in further.items() if k in what.record]
 
 
 # --- Inversion ------------------------------------------------------------------------------------

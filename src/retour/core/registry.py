@@ -19,8 +19,8 @@ from ..errors import RetourError, unknown
 
 C = TypeVar("C", bound=type)
 
-PACKAGES = ("solvers", "inverters", "editors")
-TASKS = ("solver", "invert", "edit")
+PACKAGES = ("solvers", "inverters", "editors", "privacy")
+TASKS = ("solver", "invert", "edit", "attack")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Entry:
 
     Attributes:
         name: short name used everywhere.
-        task: ``solver``, ``invert`` or ``edit``.
+        task: ``solver``, ``invert``, ``edit`` or ``attack``.
         factory: the class; called with its options dataclass.
         summary: one line for tables and menus.
         paper: reference.

@@ -1,0 +1,260 @@
+"""`retour.attack`: how does my classifier hold against changes that keep a picture's meaning?
+
+The picture is inverted, an attack looks for starting latents nearby that the classifier gets wrong,
+and the record says what it took: whether the classifier errs, whether others err too, and how much
+of the picture and of its meaning is left. It is an evaluation of a classifier that one may
+differentiate: classifier and right label are the caller's to give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import api
+from ..captions import propose
+from ..core.model import Model
+from ..core.registry import get
+from ..core.state import Inversion
+from ..errors import RetourError
+from ..io import fit, read_image, to_tensor
+from ..record import describe_run
+from .base import AttackJob, Found
+from .classifiers import (
+    Classifier,
+    ClassifierLike,
+    embedded_classifiers,
+    load_classifier,
+    margins,
+    predictions,
+)
+from .distances import distances
+
+Describer = Callable[[Image.Image], str]
+
+
+@dataclass
+class Attack(api.Result):
+    """What an attack came to; `images`, `latents` and `record` as of any result.
+
+    Attributes:
+        success: per image, whether the classifier is wrong about the returned 8-bit picture.
+        reconstructions: what the unchanged starting latents give.
+        found: the search's own account: starting latents, margins on the way.
+    """
+
+    success: tuple[bool, ...] = ()
+    reconstructions: tuple[Image.Image, ...] = ()
+    found: Found | None = None
+
+
+def attack(
+    model: api.ModelLike,
+    image: Any,
+    label: str | int | Sequence[str | int],
+    *,
+    classifier: ClassifierLike = "emoji-cnn",
+    victims: Sequence[ClassifierLike] | None = None,
+    method: str = "sca",
+    prompt: str | Sequence[str] | None = None,
+    describe: Describer | None = None,
+    negative: str = "",
+    seed: int = 0,
+    inverter_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Attack:
+    """Test a classifier with pictures made near real ones in a generative model's latent space.
+
+    Args:
+        model: a loaded model, a name, a folder, a hub id or a diffusers pipeline.
+        image: a path, PIL image, array, or tensor (3, H, W); or a list of them (one batch).
+        label: what the classifier should say, a class name or number, one for all or one each.
+        classifier: the classifier under test, as `retour.privacy.load_classifier` takes it: a name,
+            a folder, a torch module or any callable (B, 3, H, W) in [0, 1] -> logits (B, K), or a
+            `retour.privacy.Classifier`, which says its input's size, mean and std.
+        victims: further classifiers that the pictures are shown to (transfer), which the attack
+            does not see; None: for an embedded classifier, the other embedded ones.
+        method: a registered attack.
+        prompt: what the image shows, one for all or one each; None asks `describe`.
+        describe: picture -> text; None is the embedded caption proposer.
+        negative: negative prompt of the guidance.
+        seed: seed of all noise of the inversion.
+        inverter_options: options of the inverter that the attack uses.
+        options: options of the attack.
+
+    Returns:
+        The pictures, with a record: success, margins, predictions of all classifiers and distances
+        before and after, largest change of the latents, cost.
+
+    Raises:
+        RetourError: for input that cannot be used, before any work.
+    """
+    model, entry = api.as_model(model), get("attack", method)
+    attacker = entry.make(**options)
+    wanted = attacker.options
+    api.refuse_impossible(model, entry)
+    trial = _prepare(model, image, label, classifier, victims)
+    prompts = _prompts(prompt, describe, trial.pictures)
+    inversion = api.invert(
+        model,
+        trial.pictures,
+        prompts,
+        method=wanted.inverter,
+        steps=wanted.steps,
+        guidance=wanted.guidance,
+        negative=negative,
+        seed=seed,
+        **(inverter_options or {}),
+    )
+    inversion.record["placements"] = trial.placements
+    job = AttackJob(inversion, trial.judges[0], trial.truth, trial.images)
+    found = attacker.attack(job)
+    result = _result(job, found)
+    asked = {
+        "attack": method,
+        "attack_options": asdict(wanted),
+        "inverter": inversion.method,
+        "inverter_options": inversion.options,
+        "classifier": trial.judges[0].name,
+        "victims": [judge.name for judge in trial.judges[1:]],
+        "labels": [str(name) for name in trial.labels],
+        "prompts": prompts,
+        "prompts_proposed": prompt is None,
+    }
+    record = describe_run("attack", model, job.ledger, len(prompts), asked)
+    for cost in ("nfe", "seconds"):
+        record[cost] += inversion.record[cost]
+    results = _judge(trial, result, job, prompts)
+    result.success = tuple(r["success"] for r in results)
+    record["success_rate"] = sum(result.success) / len(results)
+    result.record = {**record, "results": results, "inversion": inversion.record}
+    return result
+
+
+# --- Before ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Inputs, checked: B pictures at the model's size and what each should be called.
+
+    Attributes:
+        judges: the classifier under test, then the victims.
+        truth: (B,) right classes of the former.
+        images: (B, 3, H, W) the pictures in [0, 1].
+    """
+
+    pictures: list[Image.Image]
+    placements: list[dict[str, Any]]
+    labels: list[str | int]
+    judges: list[Classifier]
+    truth: Tensor
+    images: Tensor
+
+
+def _prepare(
+    model: Model,
+    image: Any,
+    label: str | int | Sequence[str | int],
+    classifier: ClassifierLike,
+    victims: Sequence[ClassifierLike] | None,
+) -> _Trial:
+    images = list(image) if isinstance(image, (list, tuple)) else [image]
+    labels = list(label) if isinstance(label, (list, tuple)) else [label] * len(images)
+    if len(labels) != len(images):
+        raise RetourError(f"{len(labels)} labels for {len(images)} images: give one or one each")
+    surrogate = load_classifier(classifier)
+    judges = [surrogate, *map(load_classifier, _others(surrogate) if victims is None else victims)]
+    truths = [[judge.index(name) for name in labels] for judge in judges]
+    fitted = [fit(read_image(i), native=model.native, multiple=model.multiple) for i in images]
+    pictures = [picture for picture, _ in fitted]
+    pixels = _stack(pictures).to(model.device)
+    for judge, truth in zip(judges, truths, strict=True):
+        _check_classes(judge, truth, pixels[:1])
+    placements = [vars(placement) for _, placement in fitted]
+    truth = torch.tensor(truths[0], device=model.device)
+    return _Trial(pictures, placements, labels, judges, truth, pixels)
+
+
+def _others(surrogate: Classifier) -> list[str]:
+    names = list(embedded_classifiers())
+    if surrogate.name not in names or load_classifier(surrogate.name) is not surrogate:
+        return []
+    return [name for name in names if name != surrogate.name]
+
+
+def _check_classes(judge: Classifier, truth: Sequence[int], image: Tensor) -> None:
+    """Ask once, so that a classifier that does not fit is refused before any work."""
+    with torch.no_grad(), judge.evaluating():
+        classes = judge(image).shape[1]
+    if max(truth) >= classes:
+        raise RetourError(
+            f"classifier {judge.name!r} tells {classes} classes apart, there is no class "
+            f"{max(truth)}: count them from 0"
+        )
+
+
+def _stack(pictures: Sequence[Image.Image]) -> Tensor:
+    return torch.stack([to_tensor(picture) for picture in pictures]) / 2 + 0.5
+
+
+def _prompts(
+    prompt: str | Sequence[str] | None, describe: Describer | None, pictures: list[Image.Image]
+) -> list[str]:
+    if prompt is None:
+        return propose(pictures) if describe is None else [describe(p) for p in pictures]
+    return [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
+
+
+# --- After ----------------------------------------------------------------------------------------
+
+
+def _result(job: AttackJob, found: Found) -> Attack:
+    """The pictures of the latents found, D being run on them once more."""
+    latents = job.denoise(found.start)
+    return Attack(
+        images=api.decode(job.model, latents),
+        latents=latents,
+        inversion=job.inversion,
+        record={},
+        placements=api._placements(job.inversion),
+        reconstructions=tuple(api.decode(job.model, found.unchanged)),
+        found=found,
+    )
+
+
+def _judge(
+    trial: _Trial, result: Attack, job: AttackJob, prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What all judges say of every picture before and after, and how far it went."""
+    stages = {
+        "input": trial.pictures,
+        "reconstruction": list(result.reconstructions),
+        "adversarial": result.images,
+    }
+    said = {s: [predictions(j, _stack(p)) for j in trial.judges] for s, p in stages.items()}
+    margin = {
+        s: margins(trial.judges[0], _stack(p), trial.truth.cpu()) for s, p in stages.items()
+    }
+    far = {s: distances(p, trial.pictures, prompts) for s, p in stages.items()}
+    assert result.found is not None
+    moved = (result.found.start - job.start).abs().amax((1, 2, 3)).tolist()
+    return [
+        {
+            "success": margin["adversarial"][i] > 0,
+            "was_right": margin["input"][i] <= 0,
+            "margins": {s: margin[s][i] for s in stages},
+            "predictions": {
+                s: {j.name: said[s][k][i] for k, j in enumerate(trial.judges)} for s in stages
+            },
+            "distances": {s: {k: v[i] for k, v in far[s].items()} for s in stages},
+            "latent_change": moved[i],
+        }
+        for i in range(len(prompts))
+    ]
