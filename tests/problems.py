@@ -161,7 +161,7 @@ class ProblemModel:
         raw = express(self.prediction, exact, alpha, sigma)
         return raw if self.rounding is None else raw.to(self.rounding).to(torch.float64)
 
-    def grid(self, steps: int) -> Grid:
+    def grid(self, steps: int, *, size: tuple[int, int] | None = None) -> Grid:
         if isinstance(self.path, DiscreteVP):
             return discrete_grid(steps, self.train_steps, offset=1)
         if isinstance(self.path, FlowPath):

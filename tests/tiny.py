@@ -14,6 +14,8 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -161,7 +163,44 @@ def sd3(encoders: tuple[int, ...] = (1, 2, 3), **scheduler: Any) -> StableDiffus
     return _ready(pipe)
 
 
-PIPELINES = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "sd3": sd3}
+def flux(distilled: bool = True, **scheduler: Any) -> FluxPipeline:
+    """Like FLUX.1-dev: one double and one single block, dynamic shift, embedded guidance."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(SEED + 4)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=2 * WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=distilled,
+            axes_dims_rope=(2, 2, 4),
+        )
+        towers = {"text_encoder": _clip(CLIPTextModel), "text_encoder_2": _t5()}
+        vae = _vae(
+            scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False
+        )
+    levels = {
+        "use_dynamic_shifting": True,
+        "shift": 3.0,
+        "base_image_seq_len": 4,
+        "max_image_seq_len": 64,
+    }
+    pipe = FluxPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{**levels, **scheduler}),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=t5_tokenizer(),
+        **towers,
+    )
+    pipe.default_sample_size = SIZE // 2
+    return _ready(pipe)
+
+
+PIPELINES = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
 def _sd(seed: int, heads: dict[str, Any], **scheduler: Any) -> StableDiffusionPipeline:

@@ -153,7 +153,7 @@ def invert(
         latents=encode(model, pictures),
         condition=model.embed(prompts, size=(height, width)),
         negative=model.embed([negative] * len(prompts), size=(height, width)),
-        grid=model.grid(_steps(model, steps)),
+        grid=model.grid(_steps(model, steps), size=(height, width)),
         guidance=scale,
         generator=torch.Generator().manual_seed(seed),
         rule=rule,

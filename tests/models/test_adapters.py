@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FluxPipeline, PNDMScheduler
 
+import retour
 import tiny
 from retour.core.model import Model, evaluate
 from retour.core.path import levels
 from retour.errors import RetourError
+from retour.models.diffusers_flux import pack, positions, unpack
 from retour.models.load import load
 
 PROMPTS = ["a photo of a red apple", "a green pear on a blue background", "a cat"]
@@ -76,9 +78,10 @@ def test_defaults_are_the_pipelines_own():
         "sd2": (50, 7.5),
         "sdxl": (50, 5.0),
         "sd3": (28, 7.0),
+        "flux": (28, 1.0),
     }
     kinds = {k: m.prediction for k, m in found.items()}
-    assert kinds == {"sd1": "eps", "sd2": "v", "sdxl": "eps", "sd3": "velocity"}
+    assert kinds == {"sd1": "eps", "sd2": "v", "sdxl": "eps", "sd3": "velocity", "flux": "velocity"}
 
 
 def test_conditions_equal_the_pipelines(family, pipe):
@@ -88,6 +91,11 @@ def test_conditions_equal_the_pipelines(family, pipe):
         if family in ("sd1", "sd2"):
             embeds, free = pipe.encode_prompt(PROMPTS, "cpu", 1, True, NEGATIVES)
             expected = {"embeds": (embeds, free)}
+        elif family == "flux":
+            both = [
+                pipe.encode_prompt(p, None, max_sequence_length=24) for p in (PROMPTS, NEGATIVES)
+            ]
+            expected = {k: (both[0][i], both[1][i]) for i, k in enumerate(("embeds", "pooled"))}
         else:
             rest = {"prompt_3": None} if family == "sd3" else {}
             out = pipe.encode_prompt(PROMPTS, prompt_2=None, negative_prompt=NEGATIVES, **rest)
@@ -180,6 +188,103 @@ def test_euler_of_sd3_is_reproduced(encoders):
     assert model.grid(STEPS).times == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.5, 6.0])
+@pytest.mark.parametrize("side", [(8, 8), (8, 12)])
+def test_euler_of_flux_is_reproduced(side, scale):
+    """From the same noise, with the embedded scale as an input and no second row."""
+    pipe = tiny.flux()
+    model = load(pipe)
+    model.embedded_guidance = scale
+    x, size = noise(3, 4, *side), (side[0] * 2, side[1] * 2)
+    conditions = (model.embed(PROMPTS, size=size),) * 2
+    ours = walk(model, x, model.grid(STEPS, size=size), conditions, 1.0)
+    theirs = sample_flux(pipe, x, guidance_scale=scale)
+    torch.testing.assert_close(ours.float(), theirs, **CLOSE)
+    expected = [*pipe.scheduler.sigmas.tolist()][::-1]
+    assert model.grid(STEPS, size=size).times == pytest.approx(expected, abs=1e-6)
+
+
+def sample_flux(pipe, x, **options):
+    """What FluxPipeline makes of latents `x` (B, C, h, w), unpacked."""
+    height, width = x.shape[-2] * 2, x.shape[-1] * 2
+    packed = pipe._pack_latents(x.float(), *x.shape)
+    with torch.no_grad():
+        out = pipe(
+            PROMPTS,
+            latents=packed,
+            height=height,
+            width=width,
+            max_sequence_length=tiny.LONG_TOKENS,
+            num_inference_steps=STEPS,
+            output_type="latent",
+            **options,
+        ).images
+    return pipe._unpack_latents(out, height, width, pipe.vae_scale_factor)
+
+
+def test_true_guidance_of_flux_is_a_second_row():
+    pipe = tiny.flux()
+    model = load(pipe)
+    x = noise(3, 4, 8, 8)
+    conditions = model.embed(PROMPTS), model.embed(["blue"] * 3)
+    ours = walk(model, x, model.grid(STEPS), conditions, 3.0)
+    theirs = sample_flux(pipe, x, negative_prompt=["blue"] * 3, true_cfg_scale=3.0)
+    torch.testing.assert_close(ours.float(), theirs, **CLOSE)
+
+
+def test_embedded_guidance_belongs_to_the_condition():
+    model = load(tiny.flux())
+    x, t = noise(2, 4, 8, 8), torch.tensor([0.5, 0.5])
+    condition = model.embed(["a cat"] * 2)
+    assert condition.tensors["guidance"].tolist() == [3.5, 3.5]
+    told = condition.told(1.0)
+    assert told.tensors["guidance"].tolist() == [1.0, 1.0]
+    assert condition.told(None) is condition
+    model.embedded_guidance = 1.0
+    assert torch.equal(model.embed(["a cat"]).tensors["guidance"], told.tensors["guidance"][:1])
+    assert (model.network(x, t, condition) - model.network(x, t, told)).abs().max() > 1e-3
+
+
+def test_models_that_are_not_distilled_are_told_nothing():
+    model = load(tiny.flux(distilled=False))
+    condition = model.embed(["a cat"])
+    assert "guidance" not in condition.tensors and condition.told(2.0) is condition
+    assert model.network(noise(1, 4, 8, 8), torch.tensor([0.5]), condition).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_flux_grid_is_shifted_by_the_size(kind):
+    """mu is linear in the tokens; our grid is the scheduler's, fed linspace(1, 1/N, N) and mu."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    pipe = tiny.flux(time_shift_type=kind)
+    model = load(pipe)
+    for height, width in ((16, 16), (16, 32), (48, 16)):
+        mu = calculate_shift(height * width // 16, 4, 64, 0.5, 1.15)
+        sigmas = torch.linspace(1, 1 / STEPS, STEPS, dtype=torch.float64).tolist()
+        pipe.scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+        expected = pipe.scheduler.sigmas.flip(0).tolist()
+        found = model.grid(STEPS, size=(height, width)).times
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert model.grid(STEPS) == model.grid(STEPS, size=(16, 16)) != model.grid(STEPS, size=(16, 32))
+
+
+def test_flux_packs_as_its_pipeline_does():
+    x = noise(2, 4, 8, 12)
+    tokens = pack(x)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(x, 2, 4, 8, 12))
+    assert torch.equal(unpack(tokens, 8, 12), x)
+    expected = FluxPipeline._prepare_latent_image_ids(1, 4, 6, "cpu", torch.float32)
+    assert torch.equal(positions(4, 6).float(), expected)
+
+
+def test_flux_text_tokens_are_t5s():
+    model = load(tiny.flux())
+    tokens = model.tokens("a red apple")
+    assert len(tokens.ids) == model.embed(["a cat"]).tensors["embeds"].shape[1] == tiny.LONG_TOKENS
+    assert [word.tokens for word in tokens.words] == [(0,), (1,), (2,)]
+
+
 def test_sd3_default_sigmas_are_shifted_twice_and_ours_are_not():
     pipe = tiny.sd3()
     pipe.scheduler.set_timesteps(STEPS)
@@ -223,6 +328,17 @@ def test_network_equals_the_bare_call(family, pipe, dtype):
             out = pipe.transformer(
                 x.to(dtype), given["embeds"], given["pooled"], (t * 1000).float()
             ).sample
+        elif family == "flux":
+            ids = positions(4, 4).to(dtype), torch.zeros(tiny.LONG_TOKENS, 3, dtype=dtype)
+            out = pipe.transformer(
+                pack(x.to(dtype)),
+                given["embeds"],
+                given["pooled"],
+                t.float(),
+                *ids,
+                guidance=torch.full((3,), 3.5),
+            ).sample
+            out = unpack(out, 8, 8)
         else:
             t = (t * 1000).round()
             added = {"text_embeds": given.get("pooled"), "time_ids": given.get("time_ids")}
@@ -291,6 +407,8 @@ def test_attention_sites(family, pipe):
     assert {(site.place, site.kind) for site in sites} == (
         {("block", "joint"), ("block", "self")}
         if family == "sd3"
+        else {("block", "joint")}
+        if family == "flux"
         else {(place, kind) for place in ("down", "mid", "up") for kind in ("self", "cross")}
     )
     for kind in {site.kind for site in sites}:
@@ -360,6 +478,10 @@ def test_refusals_of_schedulers():
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(RetourError, match="DDIMScheduler knows no flow"):
         load(pipe)
+    pipe = tiny.flux()
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(RetourError, match="DDIMScheduler knows no flow"):
+        load(pipe)
 
 
 def test_refusals_of_networks():
@@ -373,3 +495,23 @@ def test_refusals_of_networks():
         load(pipe)
     with pytest.raises(RetourError, match="sides up to 48, got 52 x 16"):
         load(tiny.sd3()).latent_shape(16, 52)
+    pipe = tiny.flux()
+    pipe.vae.register_to_config(latent_channels=3)
+    with pytest.raises(RetourError, match="16 input channels for latents of 12"):
+        load(pipe)
+    pipe = tiny.flux()
+    pipe.text_encoder_2 = None
+    with pytest.raises(RetourError, match="lacks one of its two text encoders"):
+        load(pipe)
+    with pytest.raises(RetourError, match="multiples of 4, got 14 x 16"):
+        load(tiny.flux()).latent_shape(16, 14)
+
+
+def test_an_inversion_walks_the_grid_of_its_picture_s_size():
+    pipe = tiny.flux()
+    model = load(pipe)
+    picture = torch.zeros(3, 16, 32).permute(1, 2, 0).numpy()
+    inversion = retour.invert(model, picture, "a cat", method="euler", steps=3)
+    height, width = (2 * side for side in inversion.latents.shape[-2:])
+    assert height != width
+    assert inversion.grid == model.grid(3, size=(height, width)) != model.grid(3)

@@ -55,12 +55,13 @@ def test_a_folder(folder):
     assert torch.equal(model.network(x, t, condition), twin.network(x, t, condition))
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_other_families_from_a_folder(family, tmp_path):
     pipe = tiny.PIPELINES[family]()
     pipe.save_pretrained(tmp_path)
     model = load(str(tmp_path), dtype="bfloat16")
-    assert type(model).__name__ == {"sdxl": "DiffusersUNet", "sd3": "DiffusersSD3"}[family]
+    adapters = {"sdxl": "DiffusersUNet", "sd3": "DiffusersSD3", "flux": "DiffusersFlux"}
+    assert type(model).__name__ == adapters[family]
     assert model.net.dtype == torch.bfloat16
     assert model.embed(["a cat"]).tensors["embeds"].dtype == torch.bfloat16
 
@@ -109,6 +110,18 @@ def test_no_t5_rows_where_the_facts_say_so(tmp_path):
     assert len(model.tokens("a cat").ids) == tiny.TOKENS
 
 
+def test_facts_of_flux(tmp_path):
+    tiny.flux().save_pretrained(tmp_path)
+    assert load(tmp_path).native == 256  # 128 latents, the pipeline's own, of 2 pixels each
+    facts = {"native": 16, "t5_tokens": 8, "embedded_guidance": 2.0, "default_guidance": 1.5}
+    (tmp_path / "retour.json").write_text(json.dumps(facts))
+    model = load(tmp_path)
+    condition = model.embed(["a cat"])
+    assert (model.native, model.default_guidance) == (16, 1.5)
+    assert condition.tensors["embeds"].shape[1] == 8
+    assert condition.tensors["guidance"].tolist() == [2.0]
+
+
 def test_compile_wraps_and_leaves_the_module(monkeypatch):
     calls = []
     monkeypatch.setattr(
@@ -155,7 +168,7 @@ def test_folders_that_are_no_pipelines(tmp_path):
         ("{", "cannot be read as JSON"),
         ("[]", "does not hold a JSON object"),
         ("{}", "does not name a pipeline class"),
-        ('{"_class_name": "FluxPipeline"}', "unknown kind of pipeline in .*FluxPipeline"),
+        ('{"_class_name": "PixArtSigmaPipeline"}', "unknown kind of .*PixArtSigmaPipeline"),
     ]:
         index.write_text(text)
         with pytest.raises(RetourError, match=message):

@@ -48,6 +48,15 @@ class Condition:
         """Return a copy with some tensors replaced (a null-text embedding, a learned concept)."""
         return Condition({**self.tensors, **tensors}, self.prompts)
 
+    def told(self, scale: float | None) -> Condition:
+        """Say another guidance scale to a guidance-distilled model, which takes it as an input.
+
+        Other models have no such input, and None changes nothing.
+        """
+        if scale is None or "guidance" not in self.tensors:
+            return self
+        return self.with_tensors(guidance=torch.full_like(self.tensors["guidance"], scale))
+
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
         """Concatenate batches."""
@@ -136,8 +145,8 @@ class Model(Protocol):
     def network(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Bare network: latents (R, C, h, w), path times (R,) -> raw float64 output."""
 
-    def grid(self, steps: int) -> Grid:
-        """The model's own sampling grid with `steps` steps."""
+    def grid(self, steps: int, *, size: tuple[int, int] | None = None) -> Grid:
+        """The model's own sampling grid of `steps` steps for images of `size` (height, width)."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents of an image of that size."""

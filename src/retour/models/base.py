@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ class DiffusersModel(ABC):
         pipe: a diffusers pipeline; left exactly as it is.
         network: name of the pipeline's component that denoises.
         name: what the model is called; by default where the pipeline came from.
-        facts: `default_steps`, `default_guidance` where they differ from the pipeline's own.
+        facts: `default_steps`, `default_guidance`, `native` (the side, in pixels, that it was
+            trained at) where they differ from the pipeline's own.
         compile: run the network through `torch.compile`.
     """
 
@@ -72,6 +73,9 @@ class DiffusersModel(ABC):
     prediction: str
     capabilities: frozenset[str]
     multiple: int
+    # Latent cells, along each side, that are one token of the network's input channels.
+    packed: ClassVar[int] = 1
+    guidance_argument: ClassVar[str] = "guidance_scale"
 
     def __init__(
         self,
@@ -87,20 +91,21 @@ class DiffusersModel(ABC):
         self.run: Any = torch.compile(self.net) if compile else self.net
         self.name = name or pipe.config.get("_name_or_path") or type(pipe).__name__
         self.codec = Codec(pipe.vae)
-        if self.net.config.in_channels != self.codec.channels:
+        channels = self.codec.channels * self.packed**2
+        if self.net.config.in_channels != channels:
             raise RetourError(
                 f"{self.name!r} has a network of {self.net.config.in_channels} input channels for "
-                f"latents of {self.codec.channels} (inpainting, instructions): load the base model"
+                f"latents of {channels} (inpainting, instructions): load the base model"
             )
         self.train_steps: int = pipe.scheduler.config.num_train_timesteps
         facts = {} if facts is None else facts
         self.default_steps = int(
-            facts.get("default_steps", _default(pipe, "num_inference_steps", STEPS))
+            facts.get("default_steps", default_of(pipe, "num_inference_steps", STEPS))
         )
         self.default_guidance = float(
-            facts.get("default_guidance", _default(pipe, "guidance_scale", GUIDANCE))
+            facts.get("default_guidance", default_of(pipe, self.guidance_argument, GUIDANCE))
         )
-        self.native = self.codec.factor * _side(self.net.config.sample_size)
+        self.native = int(facts.get("native", self.codec.factor * self._sample_size()))
         self.towers = _towers(pipe)
         self._prompts: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._prompts_of: object = None
@@ -177,8 +182,8 @@ class DiffusersModel(ABC):
         """Bare network: latents (R, C, h, w) and path times (R,) -> raw float64 output."""
 
     @abstractmethod
-    def grid(self, steps: int) -> Grid:
-        """The model's own sampling grid."""
+    def grid(self, steps: int, *, size: tuple[int, int] | None = None) -> Grid:
+        """The model's own sampling grid for images of `size` (height, width), `native` if None."""
 
     @abstractmethod
     def attention_sites(self) -> list[AttentionSite]:
@@ -192,6 +197,10 @@ class DiffusersModel(ABC):
         return {}
 
     def _facts(self) -> dict[str, Any]:
+    def _sample_size(self) -> int:
+        """Side of the latents that the network was trained at."""
+        return _side(self.net.config.sample_size)
+
         """What determines the function computed, beside the weights."""
         return {"family": type(self).__name__, "prediction": self.prediction}
 
@@ -245,8 +254,11 @@ def _tower(pipe: Any, tokenizer: Any, encoder: nn.Module) -> TextTower:
     )
 
 
-def _default(pipe: Any, argument: str, otherwise: float) -> Any:
-    parameter = inspect.signature(type(pipe).__call__).parameters.get(argument)
+def default_of(
+    pipe: Any, argument: str, otherwise: float, *, method: str = "__call__"
+) -> float | int:
+    """A pipeline's own default of an argument of one of its methods."""
+    parameter = inspect.signature(getattr(type(pipe), method)).parameters.get(argument)
     return otherwise if parameter is None else parameter.default
 
 

@@ -6,7 +6,6 @@ no 999.5). The text sequence is CLIP's tokens, then T5's.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,9 +43,9 @@ class DiffusersSD3(DiffusersModel):
         self.prediction = "velocity"
         self.capabilities = frozenset({"attention", "flow", "gradients", "joint-attention", "text"})
         self.multiple = self.codec.factor * config.patch_size
-        tokens = (config.sample_size // config.patch_size) ** 2
-        self.shift = flow_shift(pipe.scheduler, tokens)
-        self.t5_tokens = int((facts or {}).get("t5_tokens", _t5_tokens(pipe)))
+        flow_shift(pipe.scheduler, 1)  # refuses a scheduler that knows no flow
+        tokens = default_of(pipe, "max_sequence_length", T5_TOKENS, method="encode_prompt")
+        self.t5_tokens = int((facts or {}).get("t5_tokens", tokens))
         self.clips, self.t5 = self._split_towers()
 
     def network(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -63,13 +62,15 @@ class DiffusersSD3(DiffusersModel):
             )[0]
             return out.to(x.device).double()
 
-    def grid(self, steps: int) -> Grid:
-        """Uniform flow times, shifted once by the scheduler's factor.
+    def grid(self, steps: int, *, size: tuple[int, int] | None = None) -> Grid:
+        """Uniform flow times, shifted once by the scheduler's factor for that size.
 
         The pipeline walks the same when given `sigmas = linspace(1, 1/N, N)`. Without them
         diffusers shifts twice and ends in a tiny step.
         """
-        return flow_grid(steps, self.shift)
+        height, width = (self.native, self.native) if size is None else size
+        tokens = (height // self.multiple) * (width // self.multiple)
+        return flow_grid(steps, flow_shift(self.pipe.scheduler, tokens))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents; sides beyond the table of positions are refused."""
@@ -125,11 +126,6 @@ class DiffusersSD3(DiffusersModel):
 
     def _facts(self) -> dict[str, Any]:
         return super()._facts() | {"t5_tokens": self.t5_tokens}
-
-
-def _t5_tokens(pipe: Any) -> int:
-    parameter = inspect.signature(type(pipe).encode_prompt).parameters.get("max_sequence_length")
-    return T5_TOKENS if parameter is None else parameter.default
 
 
 FAMILY = Family(

@@ -74,7 +74,7 @@ class DiffusersUNet(DiffusersModel):
             )[0]
             return out.to(x.device).double()
 
-    def grid(self, steps: int) -> Grid:
+    def grid(self, steps: int, *, size: tuple[int, int] | None = None) -> Grid:
         """The pipeline's own DDIM grid: its scheduler's spacing, offset and last level."""
         return vp_grid(self.pipe.scheduler.config, steps, self.train_steps)
 

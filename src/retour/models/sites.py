@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -13,13 +13,17 @@ from ..core.model import AttentionSite
 Part = tuple[str, str, nn.Module]
 
 
-def attention_sites(parts: Iterable[Part]) -> list[AttentionSite]:
+def attention_sites(
+    parts: Iterable[Part], kind: Callable[[Any], str] | None = None
+) -> list[AttentionSite]:
     """Describe the attention layers inside `parts`.
 
     Args:
         parts: (place, module path, module), in order of execution.
+        kind: tells a layer's kind; :func:`attention_kind` by default.
     """
-    found = [(place, name, module, attention_kind(module)) for place, name, module in _walk(parts)]
+    kind = attention_kind if kind is None else kind
+    found = [(place, name, module, kind(module)) for place, name, module in attention_layers(parts)]
     totals = Counter(kind for *_, kind in found)
     seen: Counter[str] = Counter()
     sites = []
@@ -37,7 +41,8 @@ def attention_kind(module: Any) -> str:
     return "cross" if getattr(module, "is_cross_attention", False) else "self"
 
 
-def _walk(parts: Iterable[Part]) -> Iterator[Part]:
+def attention_layers(parts: Iterable[Part]) -> Iterator[Part]:
+    """Find the attention layers inside `parts`, each as a part of its own."""
     for place, path, module in parts:
         for name, child in module.named_modules(prefix=path):
             if hasattr(child, "set_processor") and hasattr(child, "processor"):

@@ -64,6 +64,14 @@ class TextTower:
         states = out.hidden_states[PENULTIMATE] if penultimate else out.last_hidden_state
         return states.to(self.encoder.dtype), getattr(out, "text_embeds", None)
 
+    def pooled(self, prompts: Sequence[str]) -> Tensor:
+        """Encode B prompts to (B, D): a CLIP text model's state at the end of the text."""
+        batch = self._pad([self.convert(p) for p in prompts], return_tensors="pt")
+        with torch.no_grad():
+            out = self.encoder(batch.input_ids.to(execution_device(self.encoder)))
+        vector: Tensor = out.pooler_output
+        return vector.to(self.encoder.dtype)
+
     def tokens(self, prompt: str) -> Tokens:
         """Tokenise one prompt and place its words (positions 0 .. L-1)."""
         prompt = self.convert(prompt)
