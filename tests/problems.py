@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from retour.core.grid import Grid, discrete_grid, flow_grid, lambda_grid
-from retour.core.model import AttentionSite, Condition, Tokens, Word
+from retour.core.model import AttentionSite, Condition, FeatureSite, Tokens, Word
 from retour.core.path import (
     CosinePath,
     DiscreteVP,
@@ -172,6 +172,9 @@ class ProblemModel:
         return 3, height, width
 
     def attention_sites(self) -> list[AttentionSite]:
+        return []
+
+    def feature_sites(self) -> list[FeatureSite]:
         return []
 
 

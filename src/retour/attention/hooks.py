@@ -163,8 +163,15 @@ def _needs_maps(control: AttentionControl) -> bool:
 
 
 @dataclass(frozen=True)
-class _NetworkCall:
-    """A network call in progress."""
+class NetworkCall:
+    """A network call in progress.
+
+    Attributes:
+        t: its path time.
+        rows: names of its R batch rows.
+        latent: (height, width) of its latents.
+        text: number of its text tokens.
+    """
 
     t: float
     rows: Rows
@@ -177,24 +184,25 @@ class Hooks:
 
     Attributes:
         step: the interval being crossed, kept up to date by the loop.
+        current: the denoiser's network call in progress; None outside of one.
     """
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
         self.step: Step | None = None
-        self._current: _NetworkCall | None = None
+        self.current: NetworkCall | None = None
 
     @contextmanager
     def during(self, x: Tensor, t: Tensor, condition: Condition) -> Iterator[None]:
         """Describe the network call that runs inside, if its rows are the denoiser's."""
-        rows, before = self.denoiser.rows, self._current
+        rows, before = self.denoiser.rows, self.current
         height, width = x.shape[-2:]
-        call = _NetworkCall(float(t.flatten()[0]), rows, (height, width), _text_tokens(condition))
-        self._current = call if len(rows) == len(x) else None
+        call = NetworkCall(float(t.flatten()[0]), rows, (height, width), _text_tokens(condition))
+        self.current = call if len(rows) == len(x) else None
         try:
             yield
         finally:
-            self._current = before
+            self.current = before
 
     def describe(
         self, site: AttentionSite, rows: int, tokens: tuple[int, int], text: int, heads: int
@@ -203,7 +211,7 @@ class Hooks:
 
         `text` is the number of text tokens, 0 if unknown. None outside of a call.
         """
-        call = self._current
+        call = self.current
         if call is None or len(call.rows) != rows:
             return None
         image, words = _token_slices(site, *tokens, text if text else call.text)
@@ -403,15 +411,24 @@ def hooked(denoiser: Denoiser, controls: Sequence[AttentionControl]) -> Iterator
     Yields:
         The hooks, whose attribute `step` the loop keeps up to date.
     """
-    hooks, model = Hooks(denoiser), denoiser.model
     with ExitStack() as undo:
-        for site in model.attention_sites():
+        hooks = undo.enter_context(tapped(denoiser))
+        for site in denoiser.model.attention_sites():
             chosen = tuple(c for c in controls if c.wants(site))
             if chosen:
                 _install(site, hooks, chosen, undo)
-        denoiser.model = cast(Model, _Tap(model, hooks))
-        undo.callback(setattr, denoiser, "model", model)
         yield hooks
+
+
+@contextmanager
+def tapped(denoiser: Denoiser) -> Iterator[Hooks]:
+    """Know which of the denoiser's network calls is in progress; contexts nest."""
+    hooks, model = Hooks(denoiser), denoiser.model
+    denoiser.model = cast(Model, _Tap(model, hooks))
+    try:
+        yield hooks
+    finally:
+        denoiser.model = model
 
 
 def _install(

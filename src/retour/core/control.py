@@ -17,6 +17,7 @@ from .guidance import Guidance
 from .state import State
 
 if TYPE_CHECKING:
+    from ..attention.features import FeatureControl
     from ..attention.hooks import AttentionControl
 
 
@@ -25,6 +26,10 @@ class Control:
 
     def attention(self) -> Sequence[AttentionControl]:
         """Attention controls to hook for the whole run."""
+        return ()
+
+    def features(self) -> Sequence[FeatureControl]:
+        """Feature controls to hook for the whole run."""
         return ()
 
     def branches(self, step: Step, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
@@ -45,6 +50,13 @@ class Control:
         """State to step from."""
         return state
 
+    def move(self, step: Step, denoise: Denoiser | Wrapped, state: State, layout: Layout) -> State:
+        """State to step from, where finding it asks the network: a gradient step on the latents.
+
+        `denoise` is what the solver will be given; `state` is what `before_step` left.
+        """
+        return state
+
     def after_step(self, step: Step, state: State, before: State, layout: Layout) -> State:
         """State to carry on with; `before` is what the step started from."""
         return state
@@ -63,6 +75,10 @@ class Chain(Control):
     def attention(self) -> Sequence[AttentionControl]:
         """All attention controls, in order."""
         return tuple(a for c in self.controls for a in c.attention())
+
+    def features(self) -> Sequence[FeatureControl]:
+        """All feature controls, in order."""
+        return tuple(f for c in self.controls for f in c.features())
 
     def branches(self, step: Step, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
         """Folded."""
@@ -88,6 +104,12 @@ class Chain(Control):
         """Folded."""
         for control in self.controls:
             state = control.before_step(step, state, layout)
+        return state
+
+    def move(self, step: Step, denoise: Denoiser | Wrapped, state: State, layout: Layout) -> State:
+        """Folded."""
+        for control in self.controls:
+            state = control.move(step, denoise, state, layout)
         return state
 
     def after_step(self, step: Step, state: State, before: State, layout: Layout) -> State:

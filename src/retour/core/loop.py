@@ -41,27 +41,32 @@ def walk(
     """Carry `state` across the grid, `down` to data or up to noise, and return its end.
 
     The controls may rewrite the conditions before each step, the predictions in it, and the state
-    before and after it; their attention controls are hooked for the whole walk and unhooked
-    afterwards, whatever happens. `between` walks only from one index of the grid's times to
-    another, (lower, higher).
+    before and after it; their attention and feature controls are hooked for the whole walk and
+    unhooked afterwards, whatever happens. `between` walks only from one index of the grid's times
+    to another, (lower, higher).
     """
+    from ..attention.features import watched
     from ..attention.hooks import hooked
 
     control = Chain(controls)
     layout, branches, rule = denoiser.layout, denoiser.branches, denoiser.guidance
-    attention = control.attention()
     with ExitStack() as stack:
         stack.callback(setattr, denoiser, "branches", branches)
         stack.callback(setattr, denoiser, "guidance", rule)
-        hooks = stack.enter_context(hooked(denoiser, attention)) if attention else None
+        hooks = []
+        if attention := control.attention():
+            hooks.append(stack.enter_context(hooked(denoiser, attention)))
+        if features := control.features():
+            hooks.append(stack.enter_context(watched(denoiser, features)))
         steps = list(grid.walk(down=down, between=between))
         for step in stack.enter_context(bar(steps, len(steps), label)):
-            if hooks is not None:
-                hooks.step = step
+            for handle in hooks:
+                handle.step = step
             denoiser.branches = control.branches(step, branches)
             denoiser.guidance = control.guidance(step, rule)
             before = control.before_step(step, state, layout)
             asked = control.denoiser(step, denoiser, layout)
+            before = control.move(step, asked, before, layout)
             after = solver.step(asked, before, step, denoiser.model.path)
             state = control.after_step(step, after, before, layout)
             for observer in observers:

@@ -108,6 +108,33 @@ class AttentionSite:
     depth: float
 
 
+@dataclass(frozen=True)
+class FeatureSite:
+    """One module whose output hooks may address.
+
+    Attributes:
+        name: the module's path inside the network; an attention layer's is its site's name.
+        module: the module.
+        kind: ``resnet``, with its residual; ``conv``, the same before the residual is added;
+            ``attention``, after the out-projection and before the residual is added; ``block``, a
+            whole block of the network.
+        place: ``down``, ``mid``, ``up`` (UNet) or ``block`` (transformer).
+        index: position among the sites of the same kind, in order of execution.
+        depth: `index` over the number of such sites, in [0, 1).
+        factor: how much coarser than the latents its output is, per edge: 2 is 32 of 64.
+        part: which entry are the image's features, where the module returns several.
+    """
+
+    name: str
+    module: nn.Module
+    kind: str
+    place: str
+    index: int
+    depth: float
+    factor: int
+    part: int = 0
+
+
 @runtime_checkable
 class Model(Protocol):
     """What every adapter provides."""
@@ -153,6 +180,9 @@ class Model(Protocol):
 
     def attention_sites(self) -> list[AttentionSite]:
         """All attention layers of the network, in order of execution."""
+
+    def feature_sites(self) -> list[FeatureSite]:
+        """All modules whose outputs hooks may address, in order of execution."""
 
 
 @dataclass

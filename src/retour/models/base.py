@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.grid import Grid
-from ..core.model import AttentionSite, Condition, Tokens
+from ..core.model import AttentionSite, Condition, FeatureSite, Tokens
 from ..core.path import Path
 from ..errors import RetourError
 from .codec import Codec
@@ -189,18 +189,22 @@ class DiffusersModel(ABC):
     def attention_sites(self) -> list[AttentionSite]:
         """All attention layers of the network, in order of execution."""
 
+    def feature_sites(self) -> list[FeatureSite]:
+        """All modules whose outputs hooks may address, in order of execution."""
+        return []
+
     @abstractmethod
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode distinct prompts to named (B, ...) tensors."""
+
+    def _sample_size(self) -> int:
+        """Side of the latents that the network was trained at."""
+        return _side(self.net.config.sample_size)
 
     def _size_tensors(self, count: int, height: int, width: int) -> dict[str, Tensor]:
         return {}
 
     def _facts(self) -> dict[str, Any]:
-    def _sample_size(self) -> int:
-        """Side of the latents that the network was trained at."""
-        return _side(self.net.config.sample_size)
-
         """What determines the function computed, beside the weights."""
         return {"family": type(self).__name__, "prediction": self.prediction}
 

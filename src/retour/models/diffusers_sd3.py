@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.grid import Grid, flow_grid
-from ..core.model import AttentionSite, Condition, Tokens
+from ..core.model import AttentionSite, Condition, FeatureSite, Tokens
 from ..core.path import FlowPath
 from ..errors import RetourError
-from .base import DiffusersModel, Family
+from .base import DiffusersModel, Family, default_of
+from .features import transformer_features
 from .modules import gradients
 from .schedules import flow_shift
 from .sites import attention_sites
@@ -41,7 +42,9 @@ class DiffusersSD3(DiffusersModel):
         config = self.net.config
         self.path = FlowPath()
         self.prediction = "velocity"
-        self.capabilities = frozenset({"attention", "flow", "gradients", "joint-attention", "text"})
+        self.capabilities = frozenset(
+            {"attention", "features", "flow", "gradients", "joint-attention", "text"}
+        )
         self.multiple = self.codec.factor * config.patch_size
         flow_shift(pipe.scheduler, 1)  # refuses a scheduler that knows no flow
         tokens = default_of(pipe, "max_sequence_length", T5_TOKENS, method="encode_prompt")
@@ -86,6 +89,11 @@ class DiffusersSD3(DiffusersModel):
         """Attention layers by block: `joint`, then (dual-attention blocks) `self`."""
         blocks = self.net.transformer_blocks
         return attention_sites([("block", "transformer_blocks", blocks)])
+
+    def feature_sites(self) -> list[FeatureSite]:
+        """Attention layers and blocks."""
+        blocks = self.net.transformer_blocks
+        return transformer_features([("transformer_blocks", blocks)], self.net.config.patch_size)
 
     def tokens(self, prompt: str) -> Tokens:
         """Tokenise one prompt; positions count along CLIP's tokens, then T5's.

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..core.grid import Grid
-from ..core.model import AttentionSite, Condition
+from ..core.model import AttentionSite, Condition, FeatureSite
 from ..core.path import DiscreteVP
 from ..errors import RetourError
 from .base import DiffusersModel, Family
+from .features import unet_features
 from .modules import gradients
 from .schedules import prediction_kind, vp_grid, vp_path
 from .sites import attention_sites
@@ -50,7 +51,9 @@ class DiffusersUNet(DiffusersModel):
         self.xl = config.addition_embed_type == "text_time"
         self.prediction = prediction_kind(pipe.scheduler.config)
         self.path = vp_path(pipe.scheduler, self.prediction)
-        self.capabilities = frozenset({"attention", "cross-attention", "gradients", "text", "vp"})
+        self.capabilities = frozenset(
+            {"attention", "cross-attention", "features", "gradients", "text", "vp"}
+        )
         halvings = sum(block.downsamplers is not None for block in self.net.down_blocks)
         self.multiple = self.codec.factor * 2**halvings
         self.zeros_for_empty = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
@@ -84,6 +87,10 @@ class DiffusersUNet(DiffusersModel):
         parts = [("down", "down_blocks", net.down_blocks), ("mid", "mid_block", net.mid_block)]
         parts.append(("up", "up_blocks", net.up_blocks))
         return attention_sites(part for part in parts if part[2] is not None)
+
+    def feature_sites(self) -> list[FeatureSite]:
+        """ResNet blocks, their last convolutions, attention layers and blocks: down, mid, up."""
+        return unet_features(self.net)
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         if not self.xl:
