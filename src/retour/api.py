@@ -178,6 +178,12 @@ def invert(
     return inversion
 
 
+def usual_inverter(editor: str, model: Model) -> str:
+    """The inverter that an editor goes with, or the default one where the model cannot serve it."""
+    mate = get("invert", get("edit", editor).mate)
+    return mate.name if mate.needs <= model.capabilities else "direct"
+
+
 def as_model(model: ModelLike) -> Model:
     """Load names, folders and pipelines; pass models through."""
     return model if isinstance(model, Model) else load(model)
@@ -312,7 +318,7 @@ def edit(
     refuse_impossible(model, method, entry)
     targets = _targets(target, inversion)
     scale = inversion.guidance if guidance is None else _guidance(model, guidance)
-    replay = _replay(inversion, model)
+    replay = plan.replay(_replay(inversion, model))
     source = plan.source_branch or replay.source_branch
     denoiser = _edit_denoiser(model, inversion, targets, scale, source, rule)
     denoiser.branches = plan.arrange(denoiser.branches)

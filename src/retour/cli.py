@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +41,12 @@ ModelOpt = Annotated[
     typer.Option("--model", help="Embedded name, folder or hub id.", show_default=DEFAULT_MODEL),
 ]
 InverterOpt = Annotated[str, typer.Option("--inverter", help="See `retour methods --task invert`.")]
+MateOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--inverter", help="See `retour methods --task invert`.", show_default="the editor's"
+    ),
+]
 EditorOpt = Annotated[str, typer.Option("--editor", help="See `retour methods --task edit`.")]
 StepsOpt = Annotated[int | None, typer.Option("--steps", help="Steps.", show_default="the model's")]
 GuidanceOpt = Annotated[
@@ -58,7 +64,21 @@ EditOptions = Annotated[
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 KeepOpt = Annotated[bool, typer.Option("--keep-size", help="Write at the input's own size.")]
-TaskOpt = Annotated[str | None, typer.Option("--task", help="solver, invert or edit.")]
+TaskOpt = Annotated[str | None, typer.Option("--task", help="solver, invert, edit or attack.")]
+AttackOptions = Annotated[
+    list[str] | None, typer.Option("-A", metavar="KEY=VALUE", help="Option of the attack.")
+]
+ClassifierOpt = Annotated[
+    str, typer.Option("--classifier", help="The one under test: embedded name or folder.")
+]
+VictimOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--victim",
+        help="Others to show the picture to; repeatable.",
+        show_default="the other embedded one",
+    ),
+]
 
 
 @app.command()
@@ -67,7 +87,7 @@ def edit(
     target: Annotated[list[str], typer.Option("--target", help="What it shall show; repeatable.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The edited picture.")],
     source: SourceOpt = None,
-    inverter: InverterOpt = "direct",
+    inverter: MateOpt = None,
     editor: EditorOpt = "p2p",
     model: ModelOpt = None,
     steps: StepsOpt = None,
@@ -90,7 +110,7 @@ def edit(
         read_picture(mask)
     _check_method("edit", editor, edit_options)
     inversion = _inversion(
-        image, source, model, device, dtype, invert_options, inverter,
+        image, source, model, device, dtype, invert_options, inverter, editor,
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
     result = api.edit(
@@ -160,6 +180,88 @@ def reconstruct(
     result = api.reconstruct(inversion, guidance=guidance)
     result.save(out, keep_size=keep_size)
     _report(result.record, [out], as_json)
+
+
+@app.command()
+def attack(
+    method: Annotated[str, typer.Argument(help="See `retour methods --task attack`.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.", show_default=False)],
+    label: Annotated[str, typer.Option("--label", help="What the classifier should say.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The adversarial picture.")],
+    classifier: ClassifierOpt = "emoji-cnn",
+    victim: VictimOpt = None,
+    source: SourceOpt = None,
+    inverter: Annotated[
+        str | None,
+        typer.Option("--inverter", help="What inverts.", show_default="the attack's"),
+    ] = None,
+    model: ModelOpt = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Steps.", show_default="the attack's")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", help="Guidance scale.", show_default="the attack's"),
+    ] = None,
+    negative: NegativeOpt = "",
+    seed: SeedOpt = 0,
+    keep_size: KeepOpt = False,
+    invert_options: InvertOptions = None,
+    attack_options: AttackOptions = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Test a classifier of yours: does it hold where the picture's meaning does?"""
+    check_writable(out, WRITABLE)
+    _check_source(source)
+    given = {"inverter": inverter, "steps": steps, "guidance": guidance}
+    options = {k: v for k, v in given.items() if v is not None} | _pairs(attack_options)
+    from .core.registry import get
+    from .privacy import load_classifier
+    from .privacy.run import attack as run_attack
+
+    _check_method("invert", get("attack", method).make(**options).options.inverter, invert_options)
+    for judge in (classifier, *(victim or ())):
+        load_classifier(judge).index(label)
+    picture = read_picture(image)
+    result = run_attack(
+        _load(DEFAULT_MODEL if model is None else model, device, dtype),
+        picture.image,
+        label,
+        classifier=classifier,
+        victims=victim or None,
+        method=method,
+        prompt=source,
+        negative=negative,
+        seed=seed,
+        inverter_options=_pairs(invert_options),
+        **options,
+    )
+    result.save(out, keep_size=keep_size)
+    if source is None:
+        _say(f"source prompt (guessed): {result.inversion.prompts[0]!r}")
+    _report(result.record, [out], as_json)
+    if not as_json:
+        for line in _verdicts(result.record):
+            typer.echo(line)
+
+
+def _verdicts(record: dict[str, Any]) -> Iterator[str]:
+    """What every classifier says before and after, one line each."""
+    found = record["results"][0]
+    said = found["predictions"]
+    for name in (record["classifier"], *record["victims"]):
+        before, after = said["input"][name], said["adversarial"][name]
+        yield (
+            f"{name}: {before['label']} ({before['confidence']:.2f}) -> "
+            f"{after['label']} ({after['confidence']:.2f})"
+        )
+    far = found["distances"]["adversarial"]
+    yield (
+        f"latents moved by {found['latent_change']:.3g} at most; PSNR {far['psnr']:.1f} dB, "
+        f"image cosine {far['clip_image']:.3f}"
+    )
 
 
 @app.command()
@@ -252,6 +354,11 @@ def _check_method(task: str, name: str, options: Sequence[str] | None) -> None:
     get(task, name).make(**_pairs(options))
 
 
+def _check_source(source: str | None) -> None:
+    if source is not None and not source.strip():
+        raise RetourError("the source prompt is empty: say what the picture shows, or leave it out")
+
+
 def _load(name: str, device: str | None, dtype: str | None) -> Model:
     from .models.load import load
 
@@ -265,10 +372,11 @@ def _inversion(
     device: str | None,
     dtype: str | None,
     options: Sequence[str] | None,
-    method: str,
+    method: str | None,
+    editor: str = "p2p",
     **settings: Any,
 ) -> Inversion:
-    """Read an inversion file, or invert a picture."""
+    """Read an inversion file, or invert a picture (by default, as the editor likes it)."""
     from . import api
     from .core.state import Inversion
 
@@ -279,9 +387,13 @@ def _inversion(
         return stored
     if source is not None and not source.strip():
         raise RetourError("the source prompt is empty: say what the picture shows, or leave it out")
-    _check_method("invert", method, options)
+    if method is not None:
+        _check_method("invert", method, options)
     picture = read_picture(image)
     loaded = _load(DEFAULT_MODEL if model is None else model, device, dtype)
+    if method is None:
+        method = api.usual_inverter(editor, loaded)
+        _check_method("invert", method, options)
     inversion = api.invert(
         loaded, picture.image, source, method=method, **settings, **_pairs(options)
     )

@@ -138,3 +138,10 @@ def test_describe_shows_options(entry):
     facts = entry.describe()
     assert facts["options"]["mode"] == "fast" and facts["options"]["maybe"] is None
     assert facts["order"] == 3
+
+
+def test_every_editor_goes_with_its_mate():
+    for editor in entries("edit"):
+        mate = get("invert", editor.mate)
+        assert editor.requires <= mate.provides, (editor.name, mate.name)
+        assert editor.describe()["mate"] == mate.name

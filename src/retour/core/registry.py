@@ -19,8 +19,8 @@ from ..errors import RetourError, unknown
 
 C = TypeVar("C", bound=type)
 
-PACKAGES = ("solvers", "inverters", "editors", "privacy")
-TASKS = ("solver", "invert", "edit", "attack")
+PACKAGES = ("solvers", "inverters", "editors", "privacy", "restorers")
+TASKS = ("solver", "invert", "edit", "attack", "restore")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Entry:
 
     Attributes:
         name: short name used everywhere.
-        task: ``solver``, ``invert``, ``edit`` or ``attack``.
+        task: ``solver``, ``invert``, ``edit``, ``attack`` or ``restore``.
         factory: the class; called with its options dataclass.
         summary: one line for tables and menus.
         paper: reference.
@@ -70,6 +70,7 @@ class Entry:
         needs: model capabilities it needs (`attention`, `gradients`, `flow`, `vp`).
         requires: what an editor requires of an inversion (`trajectory`, ...).
         provides: what an inverter's result offers to editors.
+        mate: the inverter that an editor goes with where nobody chooses.
         extra: pip extra that it needs, "" for none.
     """
 
@@ -86,6 +87,7 @@ class Entry:
     needs: frozenset[str] = frozenset()
     requires: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
+    mate: str = "direct"
     extra: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -109,6 +111,7 @@ class Entry:
             "needs": sorted(self.needs),
             "requires": sorted(self.requires),
             "provides": sorted(self.provides),
+            **({"mate": self.mate} if self.task == "edit" else {}),
             "extra": self.extra,
             "options": {f.name: _plain_default(f) for f in dataclasses.fields(self.options)},
             **self.facts,

@@ -213,6 +213,7 @@ class MaskBlend(Control):
     options=NoOptions,
     nfe="2N",
     requires={"trajectory"},
+    facts={"mask": True},
 )
 class MaskEditor(Editor):
     """Re-prompt inside the user's mask."""

@@ -123,6 +123,7 @@ class P2PAttention(AttentionControl):
             torch.stack([getattr(e, name) for e in edits.values()], dim=dim)
             for name, dim in (("matrix", 0), ("kept", 0), ("scale", 0), ("alpha", 1))
         )
+        self.text_steps: list[bool] = self.alpha.flatten(1).any(1).tolist()
 
     def active(self, call: AttentionCall) -> bool:
         """In steps and at resolutions that the schedules name."""
@@ -145,7 +146,7 @@ class P2PAttention(AttentionControl):
     def _edits_text(self, call: AttentionCall) -> bool:
         if call.text is None or call.step is None or not call.step.down:
             return False
-        return bool(self.alpha[call.step.position].any())
+        return self.text_steps[call.step.position]
 
     def _edits_self(self, call: AttentionCall) -> bool:
         if call.site.kind == "cross" or call.step is None or not call.step.down:

@@ -1,0 +1,124 @@
+"""One sheet of edits for every editor, and the page that shows them.
+
+    python benchmarks/gallery.py [--model emoji-unet] [--editors NAMES] [--out docs/editors]
+
+The edits of `retour demo` are made by every registered editor that the model can serve, each with
+the inverter that it goes with, default options, and the model's steps and guidance. Writes
+NAME.png for each, and README.md with the table of costs, from the registry and the runs' records.
+Editors that live on a mask (`facts["mask"]`) are shown on pairs of the paired set, with its masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+import retour
+from retour import api, demo
+from retour.core.model import Model
+from retour.core.progress import quiet
+from retour.core.registry import Entry
+from retour.evaluate.suite import Suite
+from retour.io import atomic_write, save_image
+
+SHOWN, STRIDE = 8, 9
+HEAD = """# What every editor makes
+
+Made by `python benchmarks/gallery.py --model {model}` with the weights `{fingerprint}`: the
+edits of `retour demo`, all with default options, {steps} steps, guidance {guidance:g}. Pairs show
+the picture before and after; compare down the page, since all editors get the same edits (those
+that live on a mask get pairs of the paired set). What an editor is good at differs: many keep
+layout, some keep identity, `reprompt` keeps nothing on purpose.
+
+| editor | with inverter | network evaluations | seconds a picture | paper |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def edits_for(entry: Entry, model: Model) -> list[demo.Edit]:
+    """The demonstration's edits, made by this editor."""
+    _, edits = demo.examples()
+    mate = api.usual_inverter(entry.name, model)
+    return [
+        replace(e, model=model.name, inverter=mate, editor=entry.name, edit_options={})
+        for e in edits
+        if e.demo
+    ]
+
+
+def masked(entry: Entry, model: Model) -> list[demo.Done]:
+    """Pairs of the paired set, edited inside their masks."""
+    items = [i for i in Suite.paired() if i.mask().any() and not i.mask().all()][::STRIDE][:SHOWN]
+    mate = api.usual_inverter(entry.name, model)
+    done = []
+    for item in items:
+        inversion = api.invert(model, item.image, item.source, method=mate)
+        mask = Image.fromarray(item.mask())
+        result = api.edit(inversion, item.target, editor=entry.name, mask=mask)
+        edit = demo.Edit(item.id, item.kind, item.target, model.name, mate, entry.name)
+        done.append(demo.Done(edit, item.source, item.image, result.original_size(), result.record))
+    return done
+
+
+def make(entry: Entry, model: Model, out: Path) -> str:
+    """Draw one editor's sheet; its line of the table."""
+    if entry.facts.get("mask"):
+        done = masked(entry, model)
+    else:
+        done = list(demo.make(edits_for(entry, model), demo.examples()[0]))
+    save_image(demo.sheet(done), out / f"{entry.name}.png")
+    record = done[0].record
+    nfe, mate = record["nfe"], record["inverter"]
+    # All edits of a sheet run as one batch with one record.
+    seconds = (record["seconds"] + record["inversion"]["seconds"]) / record["images"]
+    paper = f"{entry.paper.title}, {entry.paper.year}"
+    link = f"[{paper}](https://arxiv.org/abs/{entry.paper.arxiv})" if entry.paper.arxiv else paper
+    name = f"[{entry.name}](#{entry.name})"
+    return f"| {name} | {mate} | {nfe:.0f} | {seconds:.1f} | {link} |"
+
+
+def section(entry: Entry) -> str:
+    """What the page says about an editor."""
+    return f"## {entry.name}\n\n{entry.summary}\n\n![{entry.name}]({entry.name}.png)\n"
+
+
+def fitting(model: Model, names: Sequence[str] | None) -> list[Entry]:
+    """The editors asked for, or all that the model can serve."""
+    found = [e for e in retour.methods(task="edit") if e.needs <= model.capabilities]
+    return [e for e in found if names is None or e.name in names]
+
+
+def main() -> None:
+    """Make all sheets and the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="emoji-unet")
+    parser.add_argument("--editors", help="names, with commas between; all that fit by default")
+    parser.add_argument("--out", type=Path, default=Path("docs/editors"))
+    given = parser.parse_args()
+    model = retour.load(given.model)
+    given.out.mkdir(parents=True, exist_ok=True)
+    lines, sections = [], []
+    for entry in fitting(model, given.editors.split(",") if given.editors else None):
+        with quiet():
+            lines.append(make(entry, model, given.out))
+        sections.append(section(entry))
+        print(lines[-1], flush=True)
+    head = HEAD.format(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        steps=model.default_steps,
+        guidance=model.default_guidance,
+    )
+    page = head + "\n".join(lines) + "\n\n" + "\n".join(sections)
+    with atomic_write(given.out / "README.md") as path:
+        path.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
