@@ -1,0 +1,43 @@
+"""Branches that follow an inverted trajectory instead of their own predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from ..core.branches import Layout
+from ..core.control import Control
+from ..core.grid import Step
+from ..core.state import Inversion, State
+
+
+class OnTrack(Control):
+    """After each step the named branches stand where the inversion stood, bit for bit.
+
+    What the solver remembers of the latents follows too, where the inversion has it.
+
+    Args:
+        inversion: whose states are followed.
+        names: branches that follow; those absent from a run are passed over.
+    """
+
+    def __init__(self, inversion: Inversion, names: Collection[str] = ("source",)):
+        self.states, self.names = inversion.states, frozenset(names)
+
+    def after_step(self, step: Step, state: State, before: State, layout: Layout) -> State:
+        """Overwrite."""
+        place = step.index if step.down else step.index + 1
+        memory = {
+            name: self._follow(value, self.states[name][place], layout)
+            if name in self.states
+            else value
+            for name, value in state.memory.items()
+        }
+        return State(self._follow(state.x, self.states["x"][place], layout), memory)
+
+    def _follow(self, value: Tensor, track: Tensor, layout: Layout) -> Tensor:
+        return torch.cat(
+            [track.to(part) if name in self.names else part for name, part in layout.split(value)]
+        )
