@@ -16,7 +16,7 @@ from retour.core.path import FlowPath
 from retour.core.state import State
 from retour.errors import RetourError
 
-FAMILIES = ("sd1", "sdxl", "sd3")
+FAMILIES = ("sd1", "sdxl", "sd3", "flux")
 PROMPTS = {"source": ["a red apple"], "target": ["a green pear on a cat"]}
 
 

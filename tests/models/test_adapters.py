@@ -515,3 +515,18 @@ def test_an_inversion_walks_the_grid_of_its_picture_s_size():
     height, width = (2 * side for side in inversion.latents.shape[-2:])
     assert height != width
     assert inversion.grid == model.grid(3, size=(height, width)) != model.grid(3)
+
+
+@pytest.mark.parametrize(("embedded", "told"), [(1.0, 1.0), (None, 3.5), (0.0, 0.0)])
+def test_the_way_up_tells_a_distilled_model_its_own_scale(embedded, told):
+    model = load(tiny.flux())
+    heard = []
+    network = model.network
+    model.network = lambda x, t, c: heard.append(c.tensors["guidance"].tolist()) or network(x, t, c)
+    picture = torch.zeros(16, 16, 3).numpy()
+    options = {"method": "euler", "steps": 2, "inversion_embedded": embedded}
+    inversion = retour.invert(model, picture, "a cat", **options)
+    assert heard == [[told]] * 2
+    heard.clear()
+    retour.edit(inversion, "a red cat", editor="reprompt")
+    assert heard == [[3.5]] * 2

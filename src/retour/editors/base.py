@@ -74,6 +74,10 @@ class Editor:
         """What this editor does to the run."""
         raise NotImplementedError
 
+    def replay(self, replay: Replay) -> Replay:
+        """How the run comes back: the inverter's way; an editor may bring its own sampler."""
+        return replay
+
     def prepare(self, job: EditJob, denoiser: Denoiser, replay: Replay) -> Start:
         """Where the run begins: by default all branches at the inversion's noisy end.
 

@@ -48,23 +48,35 @@ class Job:
     ledger: Ledger = field(default_factory=Ledger)
     controls: Sequence[Control] = ()
 
-    def denoiser(self, scale: float) -> Denoiser:
-        """Denoiser of the source branch alone at the given guidance scale."""
-        branch = Branch("source", self.condition, self.negative, scale)
+    def denoiser(self, scale: float, told: float | None = None) -> Denoiser:
+        """Denoiser of the source branch alone at the given guidance scale.
+
+        A guidance-distilled model is `told` another embedded scale; None: that of the way back.
+        """
+        branch = Branch("source", self.condition.told(told), self.negative.told(told), scale)
         return Denoiser(self.model, [branch], guidance=self.rule, ledger=self.ledger)
 
-    def climb(self, solver: Solver, grid: Grid, scale: float) -> dict[str, Tensor]:
+    def climb(
+        self, solver: Solver, grid: Grid, scale: float, *, told: float | None = None
+    ) -> dict[str, Tensor]:
         """Walk the data up to noise with `solver`; return all N+1 states, clean first."""
-        return self._trace(solver, solver.start(self.latents), grid, scale, down=False)
+        start = solver.start(self.latents)
+        return self._trace(solver, start, grid, self.denoiser(scale, told), down=False)
 
     def descend(
         self, solver: Solver, state: State, grid: Grid, scale: float, *controls: Control
     ) -> dict[str, Tensor]:
         """Walk `state` down to data; return all N+1 states, clean first."""
-        return self._trace(solver, state, grid, scale, *controls, down=True)
+        return self._trace(solver, state, grid, self.denoiser(scale), *controls, down=True)
 
     def _trace(
-        self, solver: Solver, state: State, grid: Grid, scale: float, *controls: Control, down: bool
+        self,
+        solver: Solver,
+        state: State,
+        grid: Grid,
+        denoiser: Denoiser,
+        *controls: Control,
+        down: bool,
     ) -> dict[str, Tensor]:
         states = [state]
 
@@ -73,7 +85,7 @@ class Job:
 
         walk(
             solver,
-            self.denoiser(scale),
+            denoiser,
             state,
             grid,
             down=down,
@@ -177,10 +189,13 @@ class ClimbOptions:
 
     Attributes:
         inversion_guidance: guidance scale on the way up (1: the source prompt alone).
+        inversion_embedded: guidance that a guidance-distilled model (FLUX.1-dev) is told on the way
+            up; None: that of the way back. Other models take no notice.
         strength: part of the grid that is walked, from the clean end; 1 goes all the way to noise.
     """
 
     inversion_guidance: float = 1.0
+    inversion_embedded: float | None = 1.0
     strength: float = 1.0
 
 
@@ -200,7 +215,8 @@ class SolverInverter:
     def invert(self, job: Job) -> Inversion:
         """Walk up with the source prompt."""
         grid = job.grid.truncate(self.options.strength)
-        states = job.climb(self.solver(), grid, self.options.inversion_guidance)
+        scale, told = self.options.inversion_guidance, self.options.inversion_embedded
+        states = job.climb(self.solver(), grid, scale, told=told)
         return job.pack(self.name, self.options, grid, states)
 
     def replay(self, inversion: Inversion) -> Replay:

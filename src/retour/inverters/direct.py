@@ -89,7 +89,8 @@ class DirectInversion:
     def invert(self, job: Job) -> Inversion:
         """Walk up at guidance 1; for ``two-pass``, walk down once to record the offsets."""
         grid = job.grid.truncate(self.options.strength)
-        states = job.climb(self.solver(), grid, self.options.inversion_guidance)
+        scale, told = self.options.inversion_guidance, self.options.inversion_embedded
+        states = job.climb(self.solver(), grid, scale, told=told)
         extras = {}
         if self.options.form == "two-pass":
             extras["offsets"] = self._offsets(job, grid, states["x"])
