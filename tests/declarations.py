@@ -13,8 +13,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from retour.core.branches import Branch, Denoiser
-from retour.core.grid import Grid
+from retour.core.branches import Branch, Denoiser, Layout
+from retour.core.control import Control
+from retour.core.grid import Grid, Step
 from retour.core.loop import walk
 from retour.core.model import Model
 from retour.core.registry import Entry
@@ -96,18 +97,79 @@ def assert_cost(entry: Entry, model: Model, x: Tensor, grid: Grid) -> None:
     for down in (False, True):
         denoise = denoiser(model, len(x))
         go(entry.make(), denoise, x, grid, down=down)
-        assert denoise.ledger.nfe(len(x)) == per_step * grid.steps + extra, entry.name
+        each = per_step if down else entry.facts.get("inversion_nfe_per_step", per_step)
+        assert denoise.ledger.nfe(len(x)) == each * grid.steps + extra, entry.name
 
 
 def assert_deterministic(entry: Entry, model: Model, x: Tensor, grid: Grid) -> None:
-    """Two walks are bit-equal, whatever the global generator does between them."""
-    if entry.stochastic:
-        return
+    """Two walks are bit-equal, whatever the global generator does between them.
+
+    Those of stochastic solvers too: they draw nothing, noise is given to them.
+    """
     for down in (False, True):
         first = go(entry.make(), denoiser(model, len(x)), x, grid, down=down)
         torch.randn(3)
         second = go(entry.make(), denoiser(model, len(x)), x, grid, down=down)
         assert torch.equal(first.x, second.x), entry.name
+
+
+def assert_noise_is_used(entry: Entry, model: Model, x: Tensor, grid: Grid) -> None:
+    """A stochastic solver adds a multiple of the given noise, once; others have no use for it."""
+    solver, noise = entry.make(), torch.roll(x, 1, 0)
+    for down in (False, True):
+        # A second step, so that multistep rules are past their start.
+        first, second, *_ = grid.walk(down=down)
+        denoise = denoiser(model, len(x))
+        state = solver.step(denoise, solver.start(x), first, model.path)
+        noisy = State(state.x, {**state.memory, "noise": noise})
+        plain = solver.step(denoise, state, second, model.path)
+        found = solver.step(denoise, noisy, second, model.path)
+        if not entry.stochastic:
+            assert torch.equal(found.x, plain.x), entry.name
+            continue
+        std = solver.std(model.path, second)
+        assert std > 0 and relative(found.x, plain.x + std * noise) <= 1e-12, entry.name
+        assert "noise" not in found.memory, entry.name
+
+
+class Given(Control):
+    """Gives a stochastic solver unit noises, one for each step, noisiest first."""
+
+    def __init__(self, noises: Sequence[Tensor]):
+        self.noises = noises
+
+    def before_step(self, step: Step, state: State, layout: Layout) -> State:
+        """The step's noise."""
+        return State(state.x, {**state.memory, "noise": self.noises[step.position]})
+
+
+class Impulses(Control):
+    """Gives row 2 + k, and no other, unit noise in step k."""
+
+    def before_step(self, step: Step, state: State, layout: Layout) -> State:
+        """The step's noise."""
+        noise = torch.zeros_like(state.x)
+        noise[2 + step.position] = 1
+        return State(state.x, {**state.memory, "noise": noise})
+
+
+def spread_error(solver: Any, model: Model, grid: Grid, mean: float, width: float) -> float:
+    """Relative error of the standard deviation with which samples of N(mean, width^2) arrive.
+
+    Everything is linear there: the variance is the sum of squared answers to one impulse in the
+    start and one in each step's noise.
+    """
+    (low, high), path = (grid.times[0], grid.times[-1]), model.path
+
+    def deviation(t: float) -> float:
+        return float((path.alpha(t) ** 2 * width**2 + path.sigma(t) ** 2).sqrt())
+
+    start = path.alpha(high) * mean + torch.zeros(grid.steps + 2, 1, 1, 1, dtype=torch.float64)
+    start[1] += deviation(high)
+    denoise = denoiser(model, len(start))
+    end = walk(solver, denoise, solver.start(start), grid, down=True, controls=[Impulses()]).x
+    found = float((end[1:] - end[0]).square().sum().sqrt())
+    return abs(found / deviation(low) - 1)
 
 
 def assert_batch_is_loop(

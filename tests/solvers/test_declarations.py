@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import declarations as claims
-from problems import PATHS, ProblemModel, mixture, mixture_pair, points
+from problems import PATHS, Mixture, ProblemModel, mixture, mixture_pair, points
 from retour.core.grid import flow_grid, lambda_grid
 from retour.core.registry import entries
 
 SOLVERS = entries("solver")
 EXACT = [e for e in SOLVERS if e.exact]
+STOCHASTIC = [e for e in SOLVERS if e.stochastic]
 ORDERED = [e for e in SOLVERS if e.order is not None]
 STEPS = (24, 48, 96)
 
@@ -123,6 +124,21 @@ def test_cost(entry, path):
 @each
 def test_deterministic(entry, path):
     claims.assert_deterministic(entry, problem(path), points(), grid_of(path)(4))
+
+
+@everywhere
+@each
+def test_noise_is_used_where_declared(entry, path):
+    claims.assert_noise_is_used(entry, problem(path), points(), grid_of(path)(6))
+
+
+@everywhere
+@pytest.mark.parametrize("entry", STOCHASTIC, ids=lambda e: e.name)
+def test_samples_of_a_gaussian_arrive_as_wide_as_it_is(entry, path):
+    data = Mixture(("thing",), (1.0,), torch.full((1, 1, 1, 1), 0.6, dtype=torch.float64), (0.5,))
+    model = ProblemModel(data, PATHS[path], SETTINGS[path][0])
+    missed = [claims.spread_error(entry.make(), model, grid_of(path)(n), 0.6, 0.5) for n in STEPS]
+    assert abs(claims.slope(STEPS, missed) - entry.facts["weak_order"]) < 0.3
 
 
 @each

@@ -18,7 +18,7 @@ from retour.core.grid import Grid, discrete_grid, flow_grid, lambda_grid
 from retour.core.path import DiscreteVP, Path, Prediction, as_time, levels, predict
 from retour.core.registry import get
 from retour.errors import RetourError
-from retour.solvers.edict import AmplificationWarning, _snap
+from retour.solvers._exact import AmplificationWarning, snap
 
 FLOW = ProblemModel(mixture(), PATHS["flow"], "velocity")
 
@@ -281,8 +281,8 @@ def test_edict_shows_a_narrow_network_the_same_on_the_way_back():
     x[::2] = x[::2].float().double()
     returned = x * (1 + 1e-12)
     assert (x.float() != returned.float()).any()
-    assert torch.equal(_snap(x, 16), _snap(returned, 16))
-    assert claims.relative(_snap(x, 16), x) < 2**-16
+    assert torch.equal(snap(x, 16), snap(returned, 16))
+    assert claims.relative(snap(x, 16), x) < 2**-16
 
 
 @pytest.mark.parametrize("steps", [49, 50])

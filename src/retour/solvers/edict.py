@@ -28,12 +28,8 @@ Rounding alone: the round trip is at :math:`10^{-13}` or better (float64 state; 
 precision, if it is asked the same again); with noise as the field, coarse grids that end near
 :math:`\alpha_t = 0` lose up to :math:`(\alpha_0/\alpha_T)^2` of it.
 
-Asked the same again: on the way back a state differs by some :math:`10^{-15}` from what it was.
-Cast to a float32 network's input, once in ten or so round trips one of its values falls to the
-other side of a rounding edge (:math:`6\cdot 10^{-8}` apart), the network answers otherwise, and the
-whole trip is off by :math:`10^{-7}`. So what the network is shown is first rounded to `input_bits`
-significant bits: edges are then so rare that this does not happen, in either direction the same map
-is walked, and 16 bits are far finer than what these networks resolve.
+A float32 network would not answer the same again about a state that differs by rounding: it is
+shown the latents rounded to `input_bits` bits (see :mod:`retour.solvers._exact`).
 
 Cost: 2 evaluations a step.
 
@@ -47,7 +43,6 @@ import math
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..core.grid import Step
@@ -56,6 +51,7 @@ from ..core.registry import Paper, register
 from ..core.solver import Denoise, kind_of
 from ..core.state import State
 from ..errors import RetourError
+from ._exact import GROWTH_LIMIT, AmplificationWarning, check_bits, couples_noise, held, snap
 
 EDICT_PAPER = Paper(
     "EDICT: Exact Diffusion Inversion via Coupled Transformations",
@@ -64,10 +60,6 @@ EDICT_PAPER = Paper(
     "2211.12446",
     "CVPR 2023",
 )
-GROWTH_LIMIT = 1e5
-# Latents come from a float32 encoder: with edges halfway, as in usual rounding, one value in 256 of
-# them would lie on an edge exactly, and rounding in the last place would push it over.
-EDGE = (3 - math.sqrt(5)) / 2
 
 
 @dataclass(frozen=True)
@@ -86,12 +78,7 @@ class EDICTOptions:
     def __post_init__(self) -> None:
         if not 0 < self.mixing <= 1:
             raise RetourError(f"mixing must be above 0 and at most 1, got {self.mixing}")
-        if self.input_bits is not None and self.input_bits < 8:
-            raise RetourError(f"input_bits must be at least 8 or none, got {self.input_bits}")
-
-
-class AmplificationWarning(UserWarning):
-    """An exact scheme is asked for more steps than its rounding allows."""
+        check_bits(self.input_bits)
 
 
 @register(
@@ -132,7 +119,8 @@ class EDICT:
         scale, gain = _affine(path, step, kind_of(denoise))
 
         def field(x: Tensor) -> Tensor:
-            return _field(denoise, _snap(x, self.options.input_bits), step.noisy)
+            found = denoise(snap(x, self.options.input_bits), step.noisy)
+            return held(kind_of(denoise), found)
 
         swap = step.position % 2 == 1
         first, second = (y, x) if swap else (x, y)
@@ -169,29 +157,11 @@ class EDICT:
         )
 
 
-def _snap(x: Tensor, bits: int | None) -> Tensor:
-    """Round to `bits` significant bits, with edges where no float32 number lies."""
-    if bits is None:
-        return x
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.floor(mantissa * 2**bits + EDGE), exponent - bits)
-
-
-def _couples_noise(kind: str) -> bool:
-    return kind in ("eps", "score")
-
-
-def _field(denoise: Denoise, x: Tensor, t: float) -> Tensor:
-    """What moves the partner: predicted noise, or velocity where the network predicts no noise."""
-    prediction = denoise(x, t)
-    return prediction.eps if _couples_noise(kind_of(denoise)) else prediction.velocity
-
-
 def _affine(path: Path, step: Step, kind: str) -> tuple[float, float]:
     """Coefficients `(A, B)` of the map from the noisy to the clean end."""
     alpha_t, sigma_t = float(path.alpha(step.noisy)), float(path.sigma(step.noisy))
     alpha_s, sigma_s = float(path.alpha(step.clean)), float(path.sigma(step.clean))
-    if _couples_noise(kind):
+    if couples_noise(kind):
         return alpha_s / alpha_t, sigma_s - alpha_s / alpha_t * sigma_t
     c_t, c_s = alpha_t + sigma_t, alpha_s + sigma_s
     return c_s / c_t, c_s * (sigma_s / c_s - sigma_t / c_t)
