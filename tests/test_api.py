@@ -214,6 +214,18 @@ def test_mask_keeps_the_background_of_the_latents():
     assert (result.latents - inversion.latents)[..., 4:].abs().max() > 1e-2
 
 
+def test_each_image_may_have_its_own_mask():
+    left, right = np.zeros((16, 16)), np.zeros((16, 16))
+    left[:, :8], right[:, 8:] = 1, 1
+    batch = retour.invert(model(), [picture(0), picture(1)], SOURCE, steps=2)
+    result = retour.edit(batch, "a cat", editor="reprompt", mask=[left, right])
+    moved = (result.latents - batch.latents).abs().amax((1, 2))
+    assert moved[0, 4:].max() <= 1e-12 < moved[0, :4].min()
+    assert moved[1, :4].max() <= 1e-12 < moved[1, 4:].min()
+    with pytest.raises(retour.RetourError, match="1 masks for 2 images"):
+        retour.edit(batch, "a cat", editor="reprompt", mask=[left])
+
+
 def test_non_square_image_returns_at_its_size():
     image = picture(size=(48, 24))
     inversion = retour.invert(model(), image, SOURCE, steps=3)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
-from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -27,8 +25,9 @@ from .editors.base import EditJob, Start
 from .editors.blend import MaskBlend
 from .errors import RetourError, check_finite, check_range
 from .inverters.base import Job, Replay
-from .io import Placement, fit, read_image, save_image, save_json, to_image, to_tensor
+from .io import Placement, fit, read_image, to_image, to_tensor
 from .models.load import load
+from .pictures import Pictures
 from .record import describe_run
 
 if TYPE_CHECKING:
@@ -36,11 +35,10 @@ if TYPE_CHECKING:
 
 ModelLike: TypeAlias = "Model | DiffusionPipeline | str"
 MAX_GUIDANCE = 100.0
-RECORD_SUFFIX = ".retour.json"
 
 
 @dataclass
-class Result:
+class Result(Pictures):
     """What came back.
 
     Attributes:
@@ -59,46 +57,27 @@ class Result:
     source: Tensor | None = None
     placements: list[Placement] = field(default_factory=list)
 
-    @property
-    def image(self) -> Image.Image:
-        """The first picture."""
-        return self.images[0]
-
-    def original_size(self, index: int = 0) -> Image.Image:
-        """Picture `index` at the size of the input that it came from."""
-        return self.placements[index].restore(self.images[index])
-
-    def save(self, path: str | PathLike[str], *, index: int = 0, keep_size: bool = False) -> None:
-        """Save one picture, and its record beside it as `NAME.retour.json`.
-
-        A PNG carries the record inside as well.
-        """
-        image = self.original_size(index) if keep_size else self.images[index]
-        save_image(image, path, self.record)
-        save_json(self.record, FilePath(path).with_suffix(RECORD_SUFFIX))
-
 
 def methods(task: str | None = None, **facts: Any) -> list[Entry]:
     """All methods whose declared facts match, e.g. `methods(task="invert", exact=True)`."""
     return entries(task, **facts)
 
 
-def cite(what: Result | Inversion | Entry | str) -> str:
+def cite(what: Pictures | Inversion | Entry | str) -> str:
     """BibTeX of everything that made a result, or of a method by name."""
     found = [what] if isinstance(what, Entry) else _methods_of(what)
     keys = {e.paper: f"{e.name.replace('-', '')}{e.paper.year}" for e in found}
     return "\n\n".join(paper.bibtex(key) for paper, key in keys.items())
 
 
-def _methods_of(what: Result | Inversion | str) -> list[Entry]:
+def _methods_of(what: Pictures | Inversion | str) -> list[Entry]:
     if isinstance(what, str):
         named = [e for e in entries() if e.name == what]
         return named or [get("invert", what)]
     if isinstance(what, Inversion):
         return [get("invert", what.method)]
-    used = [get("invert", what.inversion.method)]
-    further = {"edit": "editor", "attack": "attack"}
-    return used + [get(task, what.record[k]) for task, k in further.items() if k in what.record]
+    kinds = {"invert": "inverter", "edit": "editor", "attack": "attack", "restore": "restorer"}
+    return [get(task, what.record[k]) for task, k in kinds.items() if k in what.record]
 
 
 # --- Inversion ------------------------------------------------------------------------------------
@@ -303,8 +282,8 @@ def edit(
             (one result each, all in one batch).
         editor: a registered editor.
         guidance: guidance scale; None takes the one the inversion was made for.
-        mask: where editing is allowed (white, 1): a path, PIL image or array of the input's size.
-            Outside of it the source comes back.
+        mask: where editing is allowed (white, 1): a path, PIL image or array of the input's size;
+            or a list of them, one for each image. Outside of it the source comes back.
         rule: how guidance combines predictions; None is classifier-free guidance.
         observers: callables that see each step (previews, monitors).
         options: options of the editor.
@@ -326,7 +305,7 @@ def edit(
         model, inversion, denoiser.layout, targets, inversion.grid, _mask(mask, inversion)
     )
     controls = [plan.control(job)]
-    if job.mask is not None and editor != "mask-blend":
+    if job.mask is not None and not plan.masks:
         controls.append(MaskBlend(job))
     start = plan.prepare(job, denoiser, replay)
     latents = _descend(replay, inversion, denoiser, start, controls, observers)
@@ -404,12 +383,21 @@ def _size(model: Model, inversion: Inversion) -> tuple[int, int] | None:
 def _mask(mask: Any, inversion: Inversion) -> Tensor | None:
     if mask is None:
         return None
-    height, width = inversion.latents.shape[-2:]
-    picture = read_image(mask).convert("L").resize((width, height), Image.Resampling.BOX)
+    given = list(mask) if isinstance(mask, (list, tuple)) else [mask] * inversion.images
+    if len(given) != inversion.images:
+        raise RetourError(
+            f"{len(given)} masks for {inversion.images} images: give one, or one for each image"
+        )
+    size = (inversion.latents.shape[-1], inversion.latents.shape[-2])
+    return torch.stack([_read_mask(one, size) for one in given])
+
+
+def _read_mask(mask: Any, size: tuple[int, int]) -> Tensor:
+    picture = read_image(mask).convert("L").resize(size, Image.Resampling.BOX)
     values = to_tensor(picture.convert("RGB"))[:1].double() / 2 + 0.5
     if float(values.max()) == 0:
         raise RetourError("the mask is black everywhere: paint white where the edit may act")
-    return values.expand(inversion.images, 1, -1, -1)
+    return values
 
 
 def _replay(inversion: Inversion, model: Model) -> Replay:

@@ -62,9 +62,12 @@ class Editor:
 
     Attributes:
         source_branch: whether the run carries the source beside the targets.
+        masks: whether it takes the user's mask into its own hands; if not, the run is blended with
+            the inverted trajectory outside of it.
     """
 
     source_branch: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
 
     def arrange(self, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
         """Branches of the run, given the usual ones; auxiliary ones may be added at the end."""

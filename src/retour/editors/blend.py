@@ -218,6 +218,8 @@ class MaskBlend(Control):
 class MaskEditor(Editor):
     """Re-prompt inside the user's mask."""
 
+    masks = True
+
     def __init__(self, options: NoOptions | None = None):
         self.options = NoOptions() if options is None else options
 
