@@ -1,0 +1,45 @@
+"""What every run that makes pictures returns."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .io import Placement, save_image, save_json
+
+RECORD_SUFFIX = ".retour.json"
+
+
+class Pictures:
+    """Pictures with the record of the run that made them.
+
+    Attributes:
+        images: the pictures, at the model's size.
+        record: facts of the run.
+        placements: how each picture goes back to its original size.
+    """
+
+    images: list[Image.Image]
+    record: dict[str, Any]
+    placements: list[Placement]
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture."""
+        return self.images[0]
+
+    def original_size(self, index: int = 0) -> Image.Image:
+        """Picture `index` at the size of the input that it came from."""
+        return self.placements[index].restore(self.images[index])
+
+    def save(self, path: str | PathLike[str], *, index: int = 0, keep_size: bool = False) -> None:
+        """Save one picture, and its record beside it as `NAME.retour.json`.
+
+        A PNG carries the record inside as well.
+        """
+        image = self.original_size(index) if keep_size else self.images[index]
+        save_image(image, path, self.record)
+        save_json(self.record, Path(path).with_suffix(RECORD_SUFFIX))
