@@ -1,0 +1,1 @@
+"""Restoration: a generative model as the prior of an inverse problem."""
