@@ -120,6 +120,10 @@ class Inversion:
             record=record,
         )
 
+    def with_options(self, **options: Any) -> Inversion:
+        """Return with other options: those that only matter on the way back (Direct's `scale`)."""
+        return replace(self, options={**self.options, **options})
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write `path` as one safetensors file whose header carries the JSON description."""
         from safetensors.torch import save

@@ -1,0 +1,129 @@
+"""Prompt tuning inversion: the pivot without a prompt, learned prompts, and the mix at an edit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import retour
+from editors.runs import model
+from inverters.pivots import FREE, PROMPTS, STEPS, TARGET, close, distance, invert, job
+from retour import api
+from retour.errors import RetourError
+from retour.inverters._pivotal import Plan, Tuning
+from retour.inverters.prompt_tuning import mixed
+
+FAMILIES = ("sd1", "sd2", "sdxl", "sd3")
+FLOAT32 = 1e-4  # embeddings are learned in float32 here; test_pivotal has the float64 case
+SHORT = {"inner_steps": 3, "lr": 0.05}
+
+
+def gap(inversion):
+    """How far the reconstruction is from the data."""
+    return distance(api.reconstruct(inversion).latents, inversion.latents)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learned_prompts_come_nearer_to_the_image(family):
+    start = gap(invert("prompt-tuning", family, **{**SHORT, "inner_steps": 0}))
+    assert gap(invert("prompt-tuning", family, **SHORT)) < 0.95 * start
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])
+def test_eta_zero_is_the_reconstruction_that_was_learned(family):
+    inversion = invert("prompt-tuning", family, eta=0.0, **SHORT)
+    pivot = inversion.states["x"]
+    learned = Tuning(job(inversion), inversion.grid, pivot, "cond", Plan(3, 0.05)).each_step()
+    result = retour.edit(inversion, TARGET, **FREE)
+    close(api.reconstruct(inversion).latents, learned.states[0])
+    close(result.source, learned.states[0])
+    close(result.latents, learned.states[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eta_one_is_plain_sampling_from_the_inverted_noise(family):
+    inversion = invert("prompt-tuning", family, eta=1.0, **SHORT)
+    plain = replace(inversion, method="ddim", options={}, extras={})
+    edited, wanted = (retour.edit(i, TARGET, editor="reprompt") for i in (inversion, plain))
+    close(edited.latents, wanted.latents)
+    between = retour.edit(inversion.with_options(eta=0.5), TARGET, editor="reprompt")
+    assert (between.latents - edited.latents).abs().max() > 1e-2
+
+
+def test_eta_may_change_on_the_way_back():
+    inversion, other = (invert("prompt-tuning", eta=eta, **SHORT) for eta in (0.9, 0.4))
+    first = retour.edit(inversion.with_options(eta=0.4), TARGET)
+    assert torch.equal(first.latents, retour.edit(other, TARGET).latents)
+
+
+def test_the_mix_returns_its_ends_and_what_they_share_unchanged():
+    m = model("sdxl")
+    one, two = m.embed([PROMPTS[0]]), m.embed([TARGET])
+    for share, end in ((0.0, one), (1.0, two)):
+        found = mixed(one, two, share)
+        assert found.prompts == two.prompts
+        assert all(torch.equal(v, end.tensors[k]) for k, v in found.tensors.items())
+    half = mixed(one, two, 0.3).tensors
+    assert torch.equal(half["time_ids"], one.tensors["time_ids"])
+    wanted = 0.7 * one.tensors["pooled"] + 0.3 * two.tensors["pooled"]
+    torch.testing.assert_close(half["pooled"], wanted)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_pivot_knows_no_prompt(family):
+    """Not of the source, not of the target: N evaluations with the null prompt."""
+    first, second = (
+        invert("prompt-tuning", family, inner_steps=0, prompts=(p,)) for p in PROMPTS[:2]
+    )
+    assert torch.equal(first.states["x"], second.states["x"])
+    null = invert("ddim", family, prompts=("",))
+    close(first.states["x"], null.states["x"])
+    captioned = invert("prompt-tuning", family, inner_steps=0, inversion_guidance=1.0)
+    close(captioned.states["x"], invert("ddim", family).states["x"])
+    halfway = invert("prompt-tuning", family, inner_steps=0, inversion_guidance=0.5)
+    close(halfway.states["x"], invert("ddim", family, inversion_guidance=0.5).states["x"])
+
+
+def test_evaluations_are_counted():
+    inversion = invert("prompt-tuning", inner_steps=5)
+    assert inversion.record["nfe"] == STEPS * (1 + 1 + 5 + 1)
+    assert retour.edit(inversion, TARGET, editor="reprompt").record["nfe_edit"] == 2 * STEPS
+
+
+def test_losses_fall_in_nearly_every_interval():
+    losses = invert("prompt-tuning", images=3, steps=4).extras["losses"]
+    assert losses.shape == (4, 3, 6)
+    assert float((losses[..., -1] <= losses[..., 0]).double().mean()) >= 0.95
+
+
+def test_the_distance_from_the_prompt_is_kept():
+    inversion = invert("prompt-tuning", images=2, **SHORT)
+    away = inversion.extras["cond"] - inversion.condition.tensors["embeds"]
+    wanted = away.square().sum((2, 3)).sqrt()
+    torch.testing.assert_close(inversion.extras["drift"], wanted)
+    assert inversion.extras["drift"].shape == (STEPS, 2) and bool((wanted > 0).all())
+    still = invert("prompt-tuning", inner_steps=0)
+    assert float(still.extras["drift"].abs().max()) == 0
+
+
+def test_a_batch_with_a_target_for_each_image_is_a_loop(tmp_path):
+    targets = [TARGET, "a red cat"]
+    batch = invert("prompt-tuning", images=2, **SHORT)
+    batch.save(tmp_path / "two.safetensors")
+    loaded = retour.Inversion.load(tmp_path / "two.safetensors", batch.model)
+    edited = retour.edit(loaded, targets)
+    alone = retour.edit(invert("prompt-tuning", **SHORT), targets[0])
+    close(edited.latents[0], alone.latents[0], FLOAT32)
+    picked = retour.edit(loaded.take([1]), targets[1])
+    close(edited.latents[1], picked.latents[0])
+
+
+def test_weights_get_no_gradients():
+    invert("prompt-tuning", "sd3", **SHORT)
+    assert all(p.grad is None for p in model("sd3").net.parameters())
+
+
+@pytest.mark.parametrize(("option", "value"), [("eta", 1.2), ("inner_steps", -1), ("lr", -0.1)])
+def test_settings_out_of_range_are_refused(option, value):
+    with pytest.raises(RetourError, match=f"{option} is {value}: choose a number"):
+        invert("prompt-tuning", **{option: value})
