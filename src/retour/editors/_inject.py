@@ -1,0 +1,80 @@
+"""What editors share that inject a source row's attention or features into the targets' rows."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..core.branches import Rows
+from ..core.model import Condition, FeatureSite, Model
+from ..errors import RetourError
+from .base import EditJob
+from .blend import LEAST_GRID
+
+
+@lru_cache(maxsize=64)
+def lenders(rows: Rows) -> Tensor | None:
+    """For each row the one that it borrows from, (R,): the source's row of its half and image.
+
+    A source without that half lends its other row; source rows borrow from themselves. None where
+    the call has no source.
+    """
+    place = {(row.half, row.image): i for i, row in enumerate(rows) if row.branch == "source"}
+    if not place:
+        return None
+    only = {image: i for (_, image), i in place.items()}
+    # Kept tensors must be ordinary ones: made under inference mode they would break a gradient.
+    with torch.inference_mode(False):
+        return torch.tensor(
+            [
+                i if row.branch == "source" else place.get((row.half, row.image), only[row.image])
+                for i, row in enumerate(rows)
+            ]
+        )
+
+
+def borrowed(value: Tensor, rows: Tensor, tokens: slice) -> Tensor:
+    """Give (R, heads, tokens, d) the `rows` of itself at some of the tokens; out of place."""
+    taken = value[rows.to(value.device)]
+    return torch.slice_scatter(value, taken[..., tokens, :], -2, tokens.start, tokens.stop)
+
+
+def embed(job: EditJob, prompt: str) -> Condition:
+    """A prompt for every image of the edit, at their size."""
+    shown = job.inversion.record.get("placements")
+    size = (shown[0]["canvas"][1], shown[0]["canvas"][0]) if shown else None
+    return job.model.embed([prompt] * job.inversion.images, size=size)
+
+
+def first_step(fraction: float, steps: int) -> int:
+    """The step, counted from the noisy end, before which that fraction of the steps has passed."""
+    return int(round(fraction * steps, 9))
+
+
+def decoder_site(
+    model: Model, latent: tuple[int, int], kind: str, *, joint: str, depth: float
+) -> FeatureSite:
+    """Find the layer of semantic features: the second ResNet of the decoder at a quarter.
+
+    On Stable Diffusion's 64 x 64 latents that is `up_blocks[1].resnets[1]`, on 16 x 16. Where a
+    quarter of the latents' edge is below 8 the resolution nearest to 8 is taken. A transformer, of
+    one resolution, gives the `joint` site nearest to `depth`.
+
+    Raises:
+        RetourError: the model has no such modules.
+    """
+    sites = model.feature_sites()
+    found = [site for site in sites if site.kind == kind and site.place == "up"]
+    if found:
+        wanted = max(1.0, min(4.0, min(latent) / LEAST_GRID))
+        factor = min({s.factor for s in found}, key=lambda f: abs(math.log(f / wanted)))
+        return [site for site in found if site.factor == factor][:2][-1]
+    blocks = [site for site in sites if site.kind == joint and site.place == "block"]
+    if not blocks:
+        raise RetourError(
+            f"{model.name!r} offers no features of its decoder: use editor masactrl or p2p"
+        )
+    return min(blocks, key=lambda site: abs(site.depth - depth))
