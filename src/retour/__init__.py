@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .models.load import embedded as embedded
     from .models.load import load as load
     from .privacy.run import attack as attack
+    from .restorers.run import restore as restore
+    from .restorers.run import steer as steer
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,8 @@ _WHERE = {
     "invert": "api",
     "methods": "api",
     "reconstruct": "api",
+    "restore": "restorers.run",
+    "steer": "restorers.run",
     "Inversion": "core.state",
     "RetourError": "errors",
     "embedded": "models.load",
