@@ -153,7 +153,8 @@ def invert(
         "cut": _cut(model, prompts),
         "placements": [vars(p) for p in placements],
     }
-    inversion.record = describe_run("invert", model, ledger, len(prompts), asked)
+    found = inversion.record  # what the method wants remembered
+    inversion.record = {**found, **describe_run("invert", model, ledger, len(prompts), asked)}
     return inversion
 
 
