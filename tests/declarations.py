@@ -6,7 +6,8 @@ whole registry on exactly solvable models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -20,6 +21,7 @@ from retour.core.loop import walk
 from retour.core.model import Model
 from retour.core.registry import Entry
 from retour.core.state import State
+from retour.solvers.implicit import ConvergenceWarning
 
 
 def denoiser(
@@ -66,13 +68,20 @@ def assert_exact(
     prompt: str = "",
     scale: float = 1.0,
     tolerance: float = 1e-12,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
-    """The round trip returns the data up to rounding."""
-    found = round_trip(
-        entry.make(**options), denoiser(model, len(x), prompt, scale), x.double(), grid
-    )
-    assert found <= tolerance, f"{entry.name}: round trip {found:.1e}, {grid.steps} steps"
+    """The round trip returns the data up to rounding.
+
+    A solver that iterates is held to what it declares (`exact_to`), or to saying that it failed.
+    Under high guidance the sampler magnifies what iterations leave: `tight` options leave less.
+    """
+    tolerance = max(tolerance, entry.facts.get("exact_to", 0.0))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        denoise = denoiser(model, len(x), prompt, scale)
+        found = round_trip(entry.make(**(options or {})), denoise, x.double(), grid)
+    if not any(issubclass(warning.category, ConvergenceWarning) for warning in said):
+        assert found <= tolerance, f"{entry.name}: round trip {found:.1e}, {grid.steps} steps"
 
 
 def measured_order(
@@ -98,7 +107,9 @@ def assert_cost(entry: Entry, model: Model, x: Tensor, grid: Grid) -> None:
         denoise = denoiser(model, len(x))
         go(entry.make(), denoise, x, grid, down=down)
         each = per_step if down else entry.facts.get("inversion_nfe_per_step", per_step)
-        assert denoise.ledger.nfe(len(x)) == each * grid.steps + extra, entry.name
+        least, most = each if isinstance(each, tuple) else (each, each)
+        found = denoise.ledger.nfe(len(x)) - extra
+        assert least * grid.steps <= found <= most * grid.steps, entry.name
 
 
 def assert_deterministic(entry: Entry, model: Model, x: Tensor, grid: Grid) -> None:

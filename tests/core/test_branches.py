@@ -175,3 +175,26 @@ def test_evaluate_takes_a_time_per_row():
     for i, t in enumerate(times):
         alone = evaluate(MODEL, x[i : i + 1], float(t), condition.take([i]))
         assert claims.relative(together.x0[i : i + 1], alone.x0) < 1e-14
+
+
+def test_a_part_answers_for_some_images_under_their_own_names():
+    seen = []
+
+    class Watched(ProblemModel):
+        def network(self, x, t, condition):
+            seen.append(denoise.rows)
+            return super().network(x, t, condition)
+
+    model = Watched(mixture(), PATHS["vp"])
+    prompts = ["red", "green", "blue"]
+    branches = [branch("source", prompts), branch("target", prompts[::-1], 7.5)]
+    denoise = Denoiser(model, branches)
+    x = points(6)
+    whole = denoise(x, 0.5)
+    part = denoise.part([2, 0])(x[[2, 0, 5, 3]], 0.5)
+    assert claims.relative(part.eps, whole.eps[[2, 0, 5, 3]]) < 1e-14
+    assert claims.relative(part.x0, whole.x0[[2, 0, 5, 3]]) < 1e-14
+    assert [(r.branch, r.image) for r in seen[1]] == [
+        (name, image) for name in ("target", "source", "target") for image in (2, 0)
+    ]
+    assert (denoise.rows, denoise.ledger.rows) == ((), 9 + 6)

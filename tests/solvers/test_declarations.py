@@ -1,6 +1,7 @@
 """Every declaration of every registered solver, on models with exact answers."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from retour.core.registry import entries
 
 SOLVERS = entries("solver")
 EXACT = [e for e in SOLVERS if e.exact]
+ITERATIVE = [e for e in EXACT if "exact_to" in e.facts]
 STOCHASTIC = [e for e in SOLVERS if e.stochastic]
 ORDERED = [e for e in SOLVERS if e.order is not None]
 STEPS = (24, 48, 96)
@@ -33,6 +35,10 @@ def problem(path, **options):
 def grid_of(path):
     _, clean, noisy = SETTINGS[path]
     return lambda steps: lambda_grid(PATHS[path], steps, clean, noisy)
+
+
+def tight(entry):
+    return entry.facts.get("tight", {})
 
 
 def test_the_registry_has_solvers():
@@ -76,9 +82,34 @@ def test_order_between_exactly_clean_data_and_pure_noise(entry, down):
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 @pytest.mark.parametrize("entry", EXACT, ids=lambda e: e.name)
 def test_exact(entry, path, kind, steps, scale):
-    model = ProblemModel(mixture(), PATHS[path], kind)
+    model, grid = ProblemModel(mixture(), PATHS[path], kind), grid_of(path)(steps)
     claims.assert_exact(
-        entry, model, points(), grid_of(path)(steps), prompt="red", scale=scale, tolerance=1e-12
+        entry,
+        model,
+        points(),
+        grid,
+        prompt="red",
+        scale=scale,
+        tolerance=1e-12,
+        options=tight(entry),
+    )
+
+
+@everywhere
+@pytest.mark.parametrize("scale", [1.0, 3.0, 7.5])
+@pytest.mark.parametrize("entry", ITERATIVE, ids=lambda e: e.name)
+def test_iterations_converge_on_fine_grids(entry, path, scale):
+    """Else they could meet the test above by warning every time; by default too, up to 3."""
+    options = tight(entry) if scale > 3 else {}
+    grid = grid_of(path)(50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start = entry.make(**options)
+        claims.go(
+            start, claims.denoiser(problem(path), 4, "red", scale), points(), grid, down=False
+        )
+    claims.assert_exact(
+        entry, problem(path), points(), grid, prompt="red", scale=scale, options=options
     )
 
 
@@ -91,12 +122,21 @@ def test_exact_on_coarse_grids_up_to_the_rounding_of_dividing_by_alpha(entry, pa
     grid = grid_of(path)(steps)
     ratio = float(model.path.alpha(grid.times[0]) / model.path.alpha(grid.times[-1]))
     bound = torch.finfo(torch.float64).eps * ratio**2 * scale * 2 * steps
-    claims.assert_exact(entry, model, points(), grid, prompt="red", scale=scale, tolerance=bound)
+    claims.assert_exact(
+        entry,
+        model,
+        points(),
+        grid,
+        prompt="red",
+        scale=scale,
+        tolerance=bound,
+        options=tight(entry),
+    )
 
 
 @pytest.mark.parametrize("rounding", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("steps", [49, 50])
-@pytest.mark.parametrize("entry", EXACT, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [e for e in EXACT if e not in ITERATIVE], ids=lambda e: e.name)
 def test_exact_with_a_half_precision_network(entry, steps, rounding):
     model = ProblemModel(mixture(), PATHS["discrete"], "eps", rounding=rounding)
     claims.assert_exact(entry, model, points(), grid_of("discrete")(steps), prompt="red", scale=7.5)

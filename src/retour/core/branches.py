@@ -124,6 +124,8 @@ class Denoiser:
         self.ledger = Ledger() if ledger is None else ledger
         self.rows = Rows()
         self._planned: tuple[tuple[tuple[Branch, ...], bool], Plan] | None = None
+        self._whole: Denoiser | None = None
+        self._numbers: tuple[int, ...] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -141,6 +143,23 @@ class Denoiser:
         """A denoiser over some of the branches, counted on the same ledger."""
         kept = [b for b in self.branches if b.name in names]
         return Denoiser(self.model, kept, guidance=self.guidance, ledger=self.ledger)
+
+    def part(self, images: Sequence[int]) -> Denoiser:
+        """A denoiser of some of the images, for iterations that the others have finished.
+
+        It is counted on the same ledger, and hooked as this one is: rows keep their images' names.
+        """
+        branches = [
+            replace(
+                b,
+                condition=b.condition.take(images),
+                uncond=None if b.uncond is None else b.uncond.take(images),
+            )
+            for b in self.branches
+        ]
+        part = Denoiser(self.model, branches, guidance=self.guidance, ledger=self.ledger)
+        part._whole, part._numbers = self, tuple(images)
+        return part
 
     def plan(self, t: Time) -> Plan:
         """What a call at `t` evaluates; kept as long as the branches stay the same."""
@@ -163,9 +182,8 @@ class Denoiser:
         ]
         halves += [("cond", b.condition, k) for k, b in enumerate(self.branches)]
         images = self.layout.images
-        rows = Rows(
-            Row(self.branches[k].name, half, i) for half, _, k in halves for i in range(images)
-        )
+        numbers = range(images) if self._numbers is None else self._numbers
+        rows = Rows(Row(self.branches[k].name, half, n) for half, _, k in halves for n in numbers)
         reads = torch.tensor([k * images + i for _, _, k in halves for i in range(images)])
         condition = Condition.cat([c for _, c, _ in halves if c is not None])
         return Plan(rows, condition, reads)
@@ -178,14 +196,15 @@ class Denoiser:
             t: its path time, or (branches * B,) one for each row.
         """
         plan = self.plan(t)
-        self.rows = plan.rows
+        watched = self if self._whole is None else self._whole
+        watched.rows = plan.rows
         try:
             times = t[plan.reads.to(t.device)] if isinstance(t, Tensor) else t
             reads = x[plan.reads.to(x.device)]
             raw = evaluate(self.model, reads, times, plan.condition, self.ledger)
         finally:
             # Hooks must not take another denoiser's call on the same network for this one's.
-            self.rows = Rows()
+            watched.rows = Rows()
         cond = raw.map(lambda face: face[len(plan.rows) - len(x) :])
         if len(plan.rows) == len(x):
             return cond
