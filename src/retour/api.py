@@ -370,15 +370,10 @@ def _edit_denoiser(
     rule: Guidance | None,
 ) -> Denoiser:
     branches = [_branch("source", inversion.condition, inversion, scale)] if source else []
-    size = _size(model, inversion)
     for name, prompts in targets.items():
-        branches.append(_branch(name, model.embed(prompts, size=size), inversion, scale))
+        condition = model.embed(prompts, size=inversion.size)
+        branches.append(_branch(name, condition, inversion, scale))
     return Denoiser(model, branches, guidance=rule)
-
-
-def _size(model: Model, inversion: Inversion) -> tuple[int, int] | None:
-    placements = inversion.record.get("placements")
-    return (placements[0]["canvas"][1], placements[0]["canvas"][0]) if placements else None
 
 
 def _mask(mask: Any, inversion: Inversion) -> Tensor | None:

@@ -158,13 +158,17 @@ def test_a_control_can_hold_the_source_on_its_track():
 
 @pytest.mark.parametrize("down", [True, False])
 def test_a_walk_in_parts_is_the_whole_walk(down):
-    seen = []
-    whole = walk(EULER, claims.denoiser(MODEL, 4), State(points()), GRID, down=down)
+    class Finish(Control):
+        def finish(self, x, layout):
+            return x + 1
+
+    seen, given = [], {"down": down, "controls": [Finish()]}
+    whole = walk(EULER, claims.denoiser(MODEL, 4), State(points()), GRID, **given)
     state = State(points())
     for between in [(3, 4), (1, 3), (0, 1)][:: 1 if down else -1]:
         state = walk(
-            EULER, claims.denoiser(MODEL, 4), state, GRID, down=down, between=between,
-            observers=[lambda e: seen.append(e.step)],
+            EULER, claims.denoiser(MODEL, 4), state, GRID, between=between,
+            observers=[lambda e: seen.append(e.step)], **given,
         )  # fmt: skip
     assert torch.equal(state.x, whole.x)
     assert seen == list(GRID.walk(down=down))

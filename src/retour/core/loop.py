@@ -43,7 +43,7 @@ def walk(
     The controls may rewrite the conditions before each step, the predictions in it, and the state
     before and after it; their attention and feature controls are hooked for the whole walk and
     unhooked afterwards, whatever happens. `between` walks only from one index of the grid's times
-    to another, (lower, higher).
+    to another, (lower, higher); the controls finish only where the walk reaches the grid's end.
     """
     from ..attention.features import watched
     from ..attention.hooks import hooked
@@ -71,4 +71,7 @@ def walk(
             state = control.after_step(step, after, before, layout)
             for observer in observers:
                 observer(Event(step, state, denoiser))
+    goal = None if between is None else between[0 if down else 1]
+    if goal not in (None, 0 if down else grid.steps):
+        return state
     return state.with_x(control.finish(state.x, layout))

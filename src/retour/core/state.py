@@ -101,6 +101,12 @@ class Inversion:
         """The B source prompts."""
         return self.condition.prompts
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of the pictures as the model sees them, where the record says."""
+        placements = self.record.get("placements")
+        return (placements[0]["canvas"][1], placements[0]["canvas"][0]) if placements else None
+
     def end(self) -> State:
         """State at the noisy end, from which generation returns."""
         return State(self.noise, {k: v[-1] for k, v in self.states.items() if k != "x"})

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from ..core.branches import Layout
+from ..attention.hooks import AttentionControl
+from ..core.branches import Branch, Denoiser, Layout
 from ..core.control import Control
 from ..core.grid import Step
+from ..core.loop import walk
+from ..core.model import Ledger, Model
+from ..core.registry import get
 from ..core.state import Inversion, State
 
 
@@ -21,10 +25,20 @@ class OnTrack(Control):
     Args:
         inversion: whose states are followed.
         names: branches that follow; those absent from a run are passed over.
+        watching: attention controls to hook.
     """
 
-    def __init__(self, inversion: Inversion, names: Collection[str] = ("source",)):
-        self.states, self.names = inversion.states, frozenset(names)
+    def __init__(
+        self,
+        inversion: Inversion,
+        names: Collection[str] = ("source",),
+        watching: Sequence[AttentionControl] = (),
+    ):
+        self.states, self.names, self.watching = inversion.states, frozenset(names), watching
+
+    def attention(self) -> Sequence[AttentionControl]:
+        """What it was given."""
+        return self.watching
 
     def after_step(self, step: Step, state: State, before: State, layout: Layout) -> State:
         """Overwrite."""
@@ -41,3 +55,21 @@ class OnTrack(Control):
         return torch.cat(
             [track.to(part) if name in self.names else part for name, part in layout.split(value)]
         )
+
+
+def watch_source(
+    model: Model, inversion: Inversion, watching: Sequence[AttentionControl], ledger: Ledger
+) -> None:
+    """Return along the source prompt, on the inverted track, for attention controls to see.
+
+    The network is asked at every inverted state but the clean one, without guidance: N evaluations.
+    """
+    walk(
+        get("solver", "ddim").make(),
+        Denoiser(model, [Branch("source", inversion.condition)], ledger=ledger),
+        State(inversion.noise.to(model.device)),
+        inversion.grid,
+        down=True,
+        controls=[OnTrack(inversion, watching=watching)],
+        label="look",
+    )
