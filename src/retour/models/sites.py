@@ -14,16 +14,16 @@ Part = tuple[str, str, nn.Module]
 
 
 def attention_sites(
-    parts: Iterable[Part], kind: Callable[[Any], str] | None = None
+    parts: Iterable[Part], kind_of: Callable[[Any], str] | None = None
 ) -> list[AttentionSite]:
     """Describe the attention layers inside `parts`.
 
     Args:
         parts: (place, module path, module), in order of execution.
-        kind: tells a layer's kind; :func:`attention_kind` by default.
+        kind_of: tells a layer's kind; :func:`attention_kind` by default.
     """
-    kind = attention_kind if kind is None else kind
-    found = [(place, name, module, kind(module)) for place, name, module in attention_layers(parts)]
+    tell = attention_kind if kind_of is None else kind_of
+    found = [(place, name, module, tell(module)) for place, name, module in attention_layers(parts)]
     totals = Counter(kind for *_, kind in found)
     seen: Counter[str] = Counter()
     sites = []
