@@ -15,6 +15,7 @@ The equation can be iterated as well (``picard``, ``anderson``), with the same K
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -143,12 +144,16 @@ class Recorder(Control):
 def climb(
     job: Job, name: str, options: Any, solver: Solver, scale: float, memory: str
 ) -> Inversion:
-    """Walk up with `solver`; its memory goes with the inversion as extras `memory`, (N, B)."""
+    """Walk up with `solver`; its `memory` goes with the inversion, (N, B), its worst on record."""
     recorder = Recorder(memory)
     watched = replace(job, controls=[*job.controls, recorder])
     grid = job.grid.truncate(options.strength)
     states = watched.climb(solver, grid, scale, told=options.inversion_embedded)
-    return job.pack(name, options, grid, states, **{memory: recorder.table()})
+    table = recorder.table()
+    inversion = job.pack(name, options, grid, states, **{memory: table})
+    worst = float(table.max())
+    inversion.record[f"worst_{memory}"] = worst if math.isfinite(worst) else None
+    return inversion
 
 
 def replay(inversion: Inversion, options: SearchOptions) -> Replay:
