@@ -1,8 +1,11 @@
-"""Compare inverters on the paired set, where the true edited image is known.
+"""Compare inverters and editors on the paired set, where the true edited image is known.
 
-    python benchmarks/paired.py [--model emoji-unet] [--inverters ddim,direct] [--editor p2p]
-                                [-E KEY=VALUE] [--limit N] [--batch 16] [--guidance W] [--steps N]
-                                [--suite FOLDER] [--out DIR]
+    python benchmarks/paired.py [--model emoji-unet] [--inverters ddim,direct] [--editors p2p]
+                                [--pairs virtual+infedit] [-E KEY=VALUE] [--limit N] [--batch 16]
+                                [--guidance W] [--steps N] [--suite FOLDER] [--out DIR]
+
+Every inverter is run with every editor, and `--pairs` are run beside them. Pairs with the same
+inverter share its inversions: its evaluations and seconds are counted in each, but spent once.
 
 All methods get the same prompts, guidance and steps. Two rows come without any edit: "copy the
 input", and "VAE ceiling", the input encoded and decoded, which is the best that an edit in
@@ -13,6 +16,7 @@ latent space can do for the background. Columns, means with
 - structure distance x 1000 between input and output, with the substitute backbone that the
   header names
 - distance x 1000 to the true edited image: mean square error inside the mask (0 is perfect)
+- score: cosine of the output and the target prompt in the embedded CLIP, x 100 (higher is better)
 - network evaluations and seconds per image
 
 Writes `paired.json` (record, means, paired differences) and `paired.csv` (every item).
@@ -37,8 +41,10 @@ from tqdm import tqdm
 
 import retour
 from retour import api
+from retour.captions import captioner
 from retour.core.model import Model
 from retour.core.progress import quiet
+from retour.core.state import Inversion
 from retour.evaluate.metrics import EmojiClip, mse_inside, pixels, psnr
 from retour.evaluate.stats import Interval, mean_interval, paired_difference
 from retour.evaluate.suite import Item, Suite
@@ -59,6 +65,7 @@ class Measure:
     psnr_pie_compat: float
     structure: float
     edit_mse: float
+    score: float
     nfe: float
     seconds: float
 
@@ -82,6 +89,7 @@ COLUMNS = (
     Column("psnr_pie_compat", "bg PSNR (pie)"),
     Column("structure", "structure x1e3", 1e3),
     Column("edit_mse", "true edit x1e3", 1e3),
+    Column("score", "score x100", 1e2),
     Column("nfe", "NFE", digits=0, cost=True),
     Column("seconds", "s/image", digits=3, cost=True),
 )
@@ -118,31 +126,55 @@ def ceiling(model: Model) -> Method:
     return run
 
 
+class Inversions:
+    """Inversions of the batch in hand, one for each inverter, shared by its editors."""
+
+    def __init__(self, model: Model, guidance: float, steps: int | None):
+        self.model, self.guidance, self.steps = model, guidance, steps
+        self._batch: tuple[str, ...] = ()
+        self._made: dict[str, Inversion] = {}
+
+    def of(self, items: Sequence[Item], inverter: str) -> Inversion:
+        """The inversion of a batch; only those of the last batch are kept."""
+        batch = tuple(item.id for item in items)
+        if batch != self._batch:
+            self._batch, self._made = batch, {}
+        if inverter not in self._made:
+            self._made[inverter] = api.invert(
+                self.model,
+                [item.image for item in items],
+                [item.source for item in items],
+                method=inverter,
+                steps=self.steps,
+                guidance=self.guidance,
+            )
+        return self._made[inverter]
+
+
 def method(
-    model: Model,
+    inversions: Inversions,
     inverter: str,
     editor: str,
-    guidance: float,
-    steps: int | None,
     options: Mapping[str, str] = MappingProxyType({}),
 ) -> Method:
     """Invert with one inverter and edit."""
 
     def run(items: Sequence[Item]) -> Outcome:
+        inversion = inversions.of(items, inverter)
         begun = time.perf_counter()
-        inversion = api.invert(
-            model,
-            [item.image for item in items],
-            [item.source for item in items],
-            method=inverter,
-            steps=steps,
-            guidance=guidance,
-        )
         result = api.edit(inversion, [item.target for item in items], editor=editor, **options)
         images = [result.original_size(i) for i in range(len(items))]
-        return Outcome(images, result.record["nfe"], (time.perf_counter() - begun) / len(items))
+        seconds = inversion.record["seconds"] + time.perf_counter() - begun
+        return Outcome(images, result.record["nfe"], seconds / len(items))
 
     return run
+
+
+def chosen_pairs(inverters: str, editors: str, pairs: str | None) -> list[tuple[str, str]]:
+    """(inverter, editor) of the command line, each once."""
+    crossed = [(i, e) for i in inverters.split(",") if i for e in editors.split(",") if e]
+    named = [p.partition("+") for p in pairs.split(",")] if pairs else []
+    return list(dict.fromkeys([*crossed, *((i, e) for i, _, e in named)]))
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
@@ -167,11 +199,21 @@ def measure(name: str, items: Sequence[Item], outcome: Outcome, clip: EmojiClip)
             psnr_pie_compat=psnr(source, output, item.mask(), "pie_compat"),
             structure=distance,
             edit_mse=_edit_error(item, output),
+            score=score,
             nfe=outcome.nfe,
             seconds=outcome.seconds,
         )
-        for item, source, output, distance in zip(items, sources, outputs, structure, strict=True)
+        for item, source, output, distance, score in zip(
+            items, sources, outputs, structure, scores(items, outcome), strict=True
+        )
     ]
+
+
+@torch.no_grad()
+def scores(items: Sequence[Item], outcome: Outcome) -> list[float]:
+    """Cosine of each output with its target prompt, in the embedded CLIP."""
+    images = captioner().embed_images(outcome.images)
+    return (images * captioner().embed_texts([item.target for item in items])).sum(1).tolist()
 
 
 def _edit_error(item: Item, output: torch.Tensor) -> float:
@@ -264,7 +306,8 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="emoji-unet")
     parser.add_argument("--inverters", default="ddim,direct", help="names, with commas between")
-    parser.add_argument("--editor", default="p2p")
+    parser.add_argument("--editors", default="p2p", help="names, with commas between")
+    parser.add_argument("--pairs", help="further inverter+editor pairs, with commas between")
     parser.add_argument("-E", dest="options", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--limit", type=int, help="number of pairs, taken evenly from all kinds")
     parser.add_argument("--batch", type=int, default=16)
@@ -286,22 +329,23 @@ def main() -> None:
     suite = suite.select(limit=given.limit)
     guidance = model.default_guidance if given.guidance is None else given.guidance
     chosen = dict(option.split("=", 1) for option in given.options)
-    inverters = {
-        name: method(model, name, given.editor, guidance, given.steps, chosen)
-        for name in given.inverters.split(",")
+    inversions = Inversions(model, guidance, given.steps)
+    pairs = {
+        f"{inverter} + {editor}": method(inversions, inverter, editor, chosen)
+        for inverter, editor in chosen_pairs(given.inverters, given.editors, given.pairs)
     }
-    methods = {COPY: copy, CEILING: ceiling(model), **inverters}
+    methods = {COPY: copy, CEILING: ceiling(model), **pairs}
     given.out.mkdir(parents=True, exist_ok=True)
     with quiet():
         # The first run allocates: it is nobody's time.
-        next(iter(inverters.values()))(suite.items[:1])
+        next(iter(pairs.values()))(suite.items[:1])
         measures = run_all(methods, suite, given.batch)
     report = {
         "model": model.name,
         "fingerprint": model.fingerprint,
         "suite": suite.name,
         "items": len(suite),
-        "editor": given.editor,
+        "pairs": list(pairs),
         "editor_options": given.options,
         "guidance": guidance,
         "steps": model.default_steps if given.steps is None else given.steps,
@@ -309,15 +353,14 @@ def main() -> None:
         "structure_backbone": EmojiClip.name if EmojiClip().available else None,
         "versions": versions(),
         "means": means(measures, list(methods)),
-        "differences": differences(measures, list(inverters)),
+        "differences": differences(measures, list(pairs)),
         "kinds": by_kind(measures, list(methods)),
     }
     save_json(plain(report), given.out / "paired.json")
     write_csv(measures, given.out / "paired.csv")
     print(
         f"{len(suite)} pairs of {suite.name!r}, {model.name} ({model.fingerprint}), "
-        f"{' '.join([given.editor, *given.options])},"
-        f" {report['steps']} steps, guidance {guidance:g};"
+        f"{' '.join(given.options)} {report['steps']} steps, guidance {guidance:g};"
         f" structure: {report['structure_backbone']}"
     )
     print(table("mean [95 %]", report["means"]))

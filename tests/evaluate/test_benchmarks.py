@@ -37,7 +37,8 @@ def model():
 @pytest.fixture(scope="module")
 def measures(model):
     paired = script("paired")
-    edited = {n: paired.method(model, n, "reprompt", 3.0, 2) for n in ("ddim", "direct")}
+    inversions = paired.Inversions(model, 3.0, 2)
+    edited = {n: paired.method(inversions, n, "reprompt") for n in ("ddim", "direct")}
     methods = {paired.COPY: paired.copy, paired.CEILING: paired.ceiling(model), **edited}
     return paired.run_all(methods, Suite.paired().select(limit=3), 2)
 
@@ -145,3 +146,21 @@ def test_peak_memory_is_that_of_the_block():
         held = torch.ones(2**24)  # 64 MiB
         del held
     assert math.isnan(peak.mib) or 60 < peak.mib < 120
+
+
+def test_editors_share_the_inversions_of_a_batch(model):
+    paired = script("paired")
+    inversions = paired.Inversions(model, 3.0, 2)
+    items = Suite.paired().select(limit=3).items
+    first = inversions.of(items[:2], "ddim")
+    assert inversions.of(items[:2], "ddim") is first
+    assert inversions.of(items[:2], "direct") is not first
+    inversions.of(items[2:], "ddim")
+    assert inversions.of(items[:2], "ddim") is not first
+
+
+def test_pairs_of_the_command_line():
+    paired = script("paired")
+    found = paired.chosen_pairs("ddim,direct", "p2p", "virtual+infedit,ddim+p2p")
+    assert found == [("ddim", "p2p"), ("direct", "p2p"), ("virtual", "infedit")]
+    assert paired.chosen_pairs("", "p2p", "ddim+reprompt") == [("ddim", "reprompt")]
