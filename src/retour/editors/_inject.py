@@ -57,11 +57,12 @@ def first_step(fraction: float, steps: int) -> int:
 def decoder_site(
     model: Model, latent: tuple[int, int], kind: str, *, joint: str, depth: float
 ) -> FeatureSite:
-    """Find the layer of semantic features: the second ResNet of the decoder at a quarter.
+    """Find the layer of semantic features: the decoder's middle ResNet at a quarter of the edge.
 
-    On Stable Diffusion's 64 x 64 latents that is `up_blocks[1].resnets[1]`, on 16 x 16. Where a
-    quarter of the latents' edge is below 8 the resolution nearest to 8 is taken. A transformer, of
-    one resolution, gives the `joint` site nearest to `depth`.
+    On Stable Diffusion's 64 x 64 latents that is `up_blocks[1].resnets[1]`, second of three, on
+    16 x 16. Where a quarter of the latents' edge is below 8 the resolution nearest to 8 is taken;
+    of two ResNets the first. A transformer, of one resolution, gives the `joint` site nearest to
+    `depth`.
 
     Raises:
         RetourError: the model has no such modules.
@@ -71,7 +72,8 @@ def decoder_site(
     if found:
         wanted = max(1.0, min(4.0, min(latent) / LEAST_GRID))
         factor = min({s.factor for s in found}, key=lambda f: abs(math.log(f / wanted)))
-        return [site for site in found if site.factor == factor][:2][-1]
+        level = [site for site in found if site.factor == factor]
+        return level[(len(level) - 1) // 2]
     blocks = [site for site in sites if site.kind == joint and site.place == "block"]
     if not blocks:
         raise RetourError(
