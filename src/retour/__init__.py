@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .api import reconstruct as reconstruct
     from .core.state import Inversion as Inversion
     from .errors import RetourError as RetourError
+    from .explanation import explain as explain
     from .models.load import embedded as embedded
     from .models.load import load as load
     from .privacy.run import attack as attack
@@ -30,6 +31,7 @@ _WHERE = {
     "attack": "privacy.run",
     "cite": "api",
     "edit": "api",
+    "explain": "explanation",
     "invert": "api",
     "methods": "api",
     "reconstruct": "api",

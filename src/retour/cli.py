@@ -183,6 +183,104 @@ def reconstruct(
 
 
 @app.command()
+def vary(
+    image: ImageArg,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The variations: out-1, out-2, ...")],
+    count: Annotated[int, typer.Option("--count", min=1, help="How many.")] = 4,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="What they shall show.", show_default="the same"),
+    ] = None,
+    source: SourceOpt = None,
+    inverter: InverterOpt = "ddim",
+    model: ModelOpt = None,
+    steps: StepsOpt = None,
+    guidance: GuidanceOpt = None,
+    negative: NegativeOpt = "",
+    mask: Annotated[Path | None, typer.Option(help="White where they may differ.")] = None,
+    seed: SeedOpt = 0,
+    keep_size: KeepOpt = False,
+    invert_options: InvertOptions = None,
+    edit_options: EditOptions = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Make variations of a picture: its things and colours, drawn anew (editor `rival`)."""
+    outs = _outputs(out, count)
+    from . import api
+
+    if mask is not None:
+        read_picture(mask)
+    options = {"seed": seed, **_pairs(edit_options)}
+    _check_method("edit", "rival", [f"{key}={value}" for key, value in options.items()])
+    inversion = _inversion(
+        image, source, model, device, dtype, invert_options, inverter,
+        steps=steps, guidance=guidance, negative=negative, seed=seed,
+    )  # fmt: skip
+    targets = [inversion.prompts[0] if target is None else target] * count
+    result = api.edit(inversion, targets, editor="rival", guidance=guidance, mask=mask, **options)
+    for index, path in enumerate(outs):
+        result.save(path, index=index, keep_size=keep_size)
+    _report(result.record, outs, as_json)
+
+
+@app.command()
+def explain(
+    image: ImageArg,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.")] = Path(
+        "retour-explain"
+    ),
+    source: SourceOpt = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="A prompt to return to; its words are shown too.")
+    ] = None,
+    words: Annotated[
+        str | None, typer.Option("--words", help="Only these words.", show_default="all")
+    ] = None,
+    factor: Annotated[
+        float | None,
+        typer.Option(
+            "--factor",
+            help="How much coarser than the latents, per edge.",
+            show_default="a quarter, or 16 x 16",
+        ),
+    ] = None,
+    span: Annotated[
+        str, typer.Option("--span", help="Part of the steps that counts, from the noisy end.")
+    ] = "0-1",
+    scale: Annotated[
+        str, typer.Option("--scale", help="Colours by each word's own range, or that of all.")
+    ] = "word",
+    inverter: InverterOpt = "ddim",
+    model: ModelOpt = None,
+    steps: StepsOpt = None,
+    guidance: GuidanceOpt = None,
+    negative: NegativeOpt = "",
+    seed: SeedOpt = 0,
+    invert_options: InvertOptions = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show where each word of the prompt looks: a sheet, a picture a word, and the maps."""
+    from .explanation import check_settings
+    from .explanation import explain as look
+    from .heat import check_folder
+
+    check_folder(out)
+    settings: dict[str, Any] = {"factor": factor, "span": span, "scale": scale}
+    check_settings(**settings)
+    inversion = _inversion(
+        image, source, model, device, dtype, invert_options, inverter,
+        steps=steps, guidance=guidance, negative=negative, seed=seed,
+    )  # fmt: skip
+    drawn = None if image.suffix == INVERSION_SUFFIX else image
+    found = look(inversion, target=target, words=words, pictures=drawn, **settings)
+    _report({**found.record, "prompts": list(inversion.prompts)}, found.save(out), as_json)
+
+
+@app.command()
 def attack(
     method: Annotated[str, typer.Argument(help="See `retour methods --task attack`.")],
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.", show_default=False)],
@@ -270,6 +368,9 @@ def methods(
     exact: Annotated[bool | None, typer.Option(help="Only (in)exact ones.")] = None,
     order: Annotated[int | None, typer.Option(help="Only of this order.")] = None,
     needs: Annotated[str | None, typer.Option(help="Only those that need this capability.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the page of the docs.")
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """List the methods and their declared facts."""
@@ -279,6 +380,10 @@ def methods(
     found = entries(task, **{k: v for k, v in facts.items() if v is not None})
     if as_json:
         _print_json([entry.describe() for entry in found])
+    elif markdown:
+        from .catalogue import page
+
+        typer.echo(page(found), nl=False)
     else:
         _print_table(("task", "name", "order", "exact", "NFE", "what it does"), map(_row, found))
 
