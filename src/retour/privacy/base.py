@@ -149,7 +149,7 @@ class Found:
 class Attacker(Protocol):
     """An attack; holds options only.
 
-    Its options name the `inverter`, its `steps` and the `guidance` of inversion and way back.
+    Its options name the `inverter`, its `steps` and `strength`, and the `guidance` of both ways.
     """
 
     def attack(self, job: AttackJob) -> Found:

@@ -8,7 +8,7 @@ input, its normalisation and the names of its classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import RetourError, unknown
+from ..io import to_tensor
 from ._nets import ARCHITECTURES
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -214,6 +216,11 @@ def write_classifier(net: nn.Module, config: dict[str, Any], folder: Path) -> No
     (folder / TENSORS).chmod(0o644)
     text = json.dumps(config, indent=1, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as a classifier takes them, (B, 3, H, W) in [0, 1]."""
+    return torch.stack([to_tensor(picture) for picture in pictures]) / 2 + 0.5
 
 
 def wrongness(logits: Tensor, labels: Tensor) -> Tensor:

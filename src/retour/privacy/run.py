@@ -8,9 +8,8 @@ differentiate: classifier and right label are the caller's to give.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -21,9 +20,8 @@ from .. import api
 from ..captions import propose
 from ..core.model import Model
 from ..core.registry import get
-from ..core.state import Inversion
 from ..errors import RetourError
-from ..io import fit, read_image, to_tensor
+from ..io import fit, read_image
 from ..record import describe_run
 from .base import AttackJob, Found
 from .classifiers import (
@@ -33,6 +31,7 @@ from .classifiers import (
     load_classifier,
     margins,
     predictions,
+    stacked,
 )
 from .distances import distances
 
@@ -85,7 +84,7 @@ def attack(
         describe: picture -> text; None is the embedded caption proposer.
         negative: negative prompt of the guidance.
         seed: seed of all noise of the inversion.
-        inverter_options: options of the inverter that the attack uses.
+        inverter_options: further options of the inverter that the attack uses.
         options: options of the attack.
 
     Returns:
@@ -110,7 +109,7 @@ def attack(
         guidance=wanted.guidance,
         negative=negative,
         seed=seed,
-        **(inverter_options or {}),
+        **_inverter_options(wanted, inverter_options or {}),
     )
     inversion.record["placements"] = trial.placements
     job = AttackJob(inversion, trial.judges[0], trial.truth, trial.images)
@@ -121,8 +120,8 @@ def attack(
         "attack_options": asdict(wanted),
         "inverter": inversion.method,
         "inverter_options": inversion.options,
-        "classifier": trial.judges[0].name,
-        "victims": [judge.name for judge in trial.judges[1:]],
+        "classifier": trial.names[0],
+        "victims": trial.names[1:],
         "labels": [str(name) for name in trial.labels],
         "prompts": prompts,
         "prompts_proposed": prompt is None,
@@ -157,6 +156,13 @@ class _Trial:
     truth: Tensor
     images: Tensor
 
+    @property
+    def names(self) -> list[str]:
+        """What records call the judges; those of one name are numbered."""
+        given = [judge.name for judge in self.judges]
+        before = [given[:k].count(name) for k, name in enumerate(given)]
+        return [f"{n} {k + 1}" if k else n for n, k in zip(given, before, strict=True)]
+
 
 def _prepare(
     model: Model,
@@ -166,7 +172,9 @@ def _prepare(
     victims: Sequence[ClassifierLike] | None,
 ) -> _Trial:
     images = list(image) if isinstance(image, (list, tuple)) else [image]
-    labels = list(label) if isinstance(label, (list, tuple)) else [label] * len(images)
+    if not images:
+        raise RetourError("there is no image to test the classifier with: pass at least one")
+    labels: list[Any] = list(label) if isinstance(label, (list, tuple)) else [label] * len(images)
     if len(labels) != len(images):
         raise RetourError(f"{len(labels)} labels for {len(images)} images: give one or one each")
     surrogate = load_classifier(classifier)
@@ -174,12 +182,19 @@ def _prepare(
     truths = [[judge.index(name) for name in labels] for judge in judges]
     fitted = [fit(read_image(i), native=model.native, multiple=model.multiple) for i in images]
     pictures = [picture for picture, _ in fitted]
-    pixels = _stack(pictures).to(model.device)
-    for judge, truth in zip(judges, truths, strict=True):
-        _check_classes(judge, truth, pixels[:1])
+    pixels = stacked(pictures).to(model.device)
+    for judge, classes in zip(judges, truths, strict=True):
+        _check_classes(judge, classes, pixels[:1])
     placements = [vars(placement) for _, placement in fitted]
     truth = torch.tensor(truths[0], device=model.device)
     return _Trial(pictures, placements, labels, judges, truth, pixels)
+
+
+def _inverter_options(wanted: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Both ways walk the same part of the grid at the same guidance, unless the caller says so."""
+    known = {f.name for f in fields(get("invert", wanted.inverter).options)}
+    same = {"inversion_guidance": wanted.guidance, "strength": wanted.strength}
+    return {k: v for k, v in same.items() if k in known} | dict(given)
 
 
 def _others(surrogate: Classifier) -> list[str]:
@@ -198,10 +213,6 @@ def _check_classes(judge: Classifier, truth: Sequence[int], image: Tensor) -> No
             f"classifier {judge.name!r} tells {classes} classes apart, there is no class "
             f"{max(truth)}: count them from 0"
         )
-
-
-def _stack(pictures: Sequence[Image.Image]) -> Tensor:
-    return torch.stack([to_tensor(picture) for picture in pictures]) / 2 + 0.5
 
 
 def _prompts(
@@ -238,10 +249,8 @@ def _judge(
         "reconstruction": list(result.reconstructions),
         "adversarial": result.images,
     }
-    said = {s: [predictions(j, _stack(p)) for j in trial.judges] for s, p in stages.items()}
-    margin = {
-        s: margins(trial.judges[0], _stack(p), trial.truth.cpu()) for s, p in stages.items()
-    }
+    said = {s: [predictions(j, stacked(p)) for j in trial.judges] for s, p in stages.items()}
+    margin = {s: margins(trial.judges[0], stacked(p), trial.truth.cpu()) for s, p in stages.items()}
     far = {s: distances(p, trial.pictures, prompts) for s, p in stages.items()}
     assert result.found is not None
     moved = (result.found.start - job.start).abs().amax((1, 2, 3)).tolist()
@@ -251,7 +260,7 @@ def _judge(
             "was_right": margin["input"][i] <= 0,
             "margins": {s: margin[s][i] for s in stages},
             "predictions": {
-                s: {j.name: said[s][k][i] for k, j in enumerate(trial.judges)} for s in stages
+                s: {name: said[s][k][i] for k, name in enumerate(trial.names)} for s in stages
             },
             "distances": {s: {k: v[i] for k, v in far[s].items()} for s in stages},
             "latent_change": moved[i],

@@ -25,9 +25,13 @@ the latents of the latest success (one update late), never classifies its last u
 does not, so that even the unchanged latents do not come back. Here every X is judged, the last one
 too, as the 8-bit picture that would be returned; the X of the largest margin is kept (``keep``:
 "first" stops an image at its first success, the least change; "latest" is the code's memory), D is
-run on it once more, and solver memory never outlives a D. ``radius`` and ``step_size`` are in
-units of the latents, whose noise has unit spread, and were chosen by the authors for 64 x 64
-latents: smaller ones have fewer directions to hide in and need more.
+run on it once more, and solver memory never outlives a D.
+
+``radius`` and ``step_size`` are in units of the latents, whose noise has unit spread, and were
+chosen by the authors for latents of 4 x 64 x 64 = 16,384 values. To first order an answer moves by
+:math:`\epsilon \lVert \nabla \rVert_1`, which at equal :math:`\lVert \nabla \rVert_2` grows with
+the root of the number d of values. With ``reference=16384`` both are multiplied by
+:math:`\sqrt{16384/d}`, 4 for latents of 4 x 16 x 16; it is off by default.
 
 Cost: 2n evaluations to invert, 2n for each of the N_a + 1 judged X and for the last D: with n = 10,
 N_a = 10 it is 260. N_a backward passes of decoder and classifier.
@@ -38,6 +42,7 @@ DDPM Inversion", 2024, arXiv 2410.02240.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,27 +67,35 @@ class SCAOptions:
         iterations: updates :math:`N_a` of the starting latents.
         radius: how far any of them may move, :math:`\\epsilon`; 0 tests the reconstruction.
         step_size: of one update, :math:`\\alpha`.
+        reference: number of latent values that `radius` and `step_size` are meant for, see the
+            module; None takes them as they are.
         momentum: :math:`\\mu`, on the normalised gradient.
         mse_weight: :math:`\\beta`, holds the picture near the input.
         keep: which X is returned: of the largest margin, of the first success, of the latest.
         inverter: registered inverter; `ddim` is the paper's own comparison.
         steps: of inversion and way back.
         guidance: of inversion and way back.
+        strength: part of the grid that is walked, from the clean end. The paper leaves out the
+            noisiest tenth of training times, which is what a leading grid of 10 steps does anyway.
     """
 
     iterations: int = 10
     radius: float = 0.1
     step_size: float = 0.04
+    reference: int | None = None
     momentum: float = 1.0
     mse_weight: float = 0.0
     keep: Keep = "margin"
     inverter: str = "sde-dpm"
     steps: int = 10
     guidance: float = 4.5
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("iterations", "radius", "step_size", "momentum", "mse_weight"):
             check_range(name, getattr(self, name), 0)
+        if self.reference is not None:
+            check_range("reference", self.reference, 1)
         if self.iterations and not self.step_size:
             raise RetourError(
                 f"step_size is 0, so that {self.iterations} iterations change nothing: choose one "
@@ -113,6 +126,8 @@ class SCA:
         """Search from the inverted latents."""
         o, x_T = self.options, job.start
         x, g, best = x_T, torch.zeros_like(x_T), _Best(x_T, o.keep)
+        factor = 1.0 if o.reference is None else math.sqrt(o.reference / x_T[0].numel())
+        radius, step = factor * o.radius, factor * o.step_size
         unchanged = job.denoise(x)
         margin, gradient = self._judge(job, unchanged)
         best.offer(x, margin)
@@ -121,7 +136,7 @@ class SCA:
                 if best.complete:
                     break
                 g = o.momentum * g + gradient / _size(gradient)
-                x = x_T + (x + o.step_size * g.sign() - x_T).clamp(-o.radius, o.radius)
+                x = x_T + (x + step * g.sign() - x_T).clamp(-radius, radius)
                 margin, gradient = self._judge(job, job.denoise(x))
                 best.offer(x, margin)
         return Found(best.latents, best.margins, torch.stack(best.trace), unchanged)
