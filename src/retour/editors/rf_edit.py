@@ -1,0 +1,237 @@
+r"""RF-Edit: in the noisiest steps the target attends to the source's own values.
+
+The paper inverts with RF-Solver and keeps, in the last :math:`n` steps of the way up, the values
+:math:`V` (after projection, all heads) of the last attention layers, for both network calls of a
+step; in the first :math:`n` steps of the way down the target's are replaced by them. Its queries
+and keys stay its own, so it looks where the target prompt says and finds there what the source has.
+
+What was kept belongs to an interval and to a call within it. In the paper's code the first call's
+values are those of the interval's *clean* end, where the way up departs, and are read at its noisy
+end, where the way down departs (``features="inversion"``, the default here). ``"matched"`` takes
+them where they are read: from the source's step down over the same interval, from the inverted
+track. The second calls, in the middle, agree in both up to the solver's error.
+
+Where we deviate: an inversion is a value that can be stored and edited many times, and :math:`2n M`
+tensors of L tokens are not part of it. Before each of the n steps the source's one step is taken
+again, from its stored state, by the same solver and so with the same numbers; only that step's
+values are kept, for that step. "The last 18 of 38 single blocks" is a share of the attention layers
+of the network's last stack, and of the self-attention layers of a UNet. Where classifier-free
+guidance runs an unconditional row, its values are replaced as well: else guidance would multiply
+the difference that the replacement makes. With solvers whose two directions call the network
+differently, a call takes the values of the unused call whose time lies nearest along its step.
+
+Cost: the sampler's, and the inverter's cost of n steps (RF-Solver: 2n).
+
+Reference: Wang et al., "Taming Rectified Flow for Inversion and Editing", ICML 2025, arXiv
+2411.04746.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..attention.hooks import AttentionCall, AttentionControl, hooked
+from ..core.branches import Branch, Denoiser, Layout, Wrapped
+from ..core.control import Control
+from ..core.grid import Step
+from ..core.model import AttentionSite, Ledger, Model
+from ..core.path import Path, Prediction
+from ..core.registry import get, register
+from ..core.solver import Solver
+from ..core.state import Inversion, State
+from ..errors import check_range
+from ..solvers._flow import clock
+from ..solvers.runge_kutta import RF_SOLVER_PAPER
+from .base import EditJob, Editor
+
+Asked: TypeAlias = Denoiser | Wrapped
+Values: TypeAlias = dict[str, Tensor]
+Turn: TypeAlias = tuple[float, Values]
+
+
+@dataclass(frozen=True)
+class RFEditOptions:
+    """Options of RF-Edit.
+
+    Attributes:
+        inject: fraction of the steps, from noise, in which values are shared.
+        blocks: share of the last stack's attention layers, from its end, that share; at least one
+            layer if above 0.
+        features: whose values: those of the way up, or those of a step down, see the module.
+        tokens: replace the values of all tokens, text included, or of the image's only.
+    """
+
+    inject: float = 0.2
+    blocks: float = 18 / 38
+    features: Literal["inversion", "matched"] = "inversion"
+    tokens: Literal["all", "image"] = "all"
+
+    def __post_init__(self) -> None:
+        check_range("inject", self.inject, 0, 1)
+        check_range("blocks", self.blocks, 0, 1)
+
+
+@register(
+    "rf-edit",
+    task="edit",
+    summary="in the noisiest steps the target attends to the source's values",
+    paper=RF_SOLVER_PAPER,
+    options=RFEditOptions,
+    nfe="2N + n",
+    needs={"attention"},
+    requires={"trajectory"},
+    mate="rf-solver",
+)
+class RFEdit(Editor):
+    """Value sharing between the source's step and the target's."""
+
+    def __init__(self, options: RFEditOptions | None = None):
+        self.options = RFEditOptions() if options is None else options
+
+    def control(self, job: EditJob) -> Control:
+        """The sharing of this job."""
+        return Sharing(job, self.options)
+
+
+def last_layers(model: Model, share: float) -> frozenset[str]:
+    """Names of the last attention layers, in which image tokens attend to image tokens."""
+    sites = [s for s in model.attention_sites() if s.kind in ("self", "joint")]
+    stack = [s.name for s in sites if _stack(s) == _stack(sites[-1])]
+    count = max(1, round(share * len(stack))) if share > 0 else 0
+    return frozenset(stack[len(stack) - count :])
+
+
+def _stack(site: AttentionSite) -> str:
+    return site.name.split(".")[0] if site.place == "block" else ""
+
+
+def along(step: Step, path: Path, t: float) -> float:
+    """How far along a step the time `t` is: 0 where it departs, 1 where it arrives."""
+    a, b = clock(path, step.t), clock(path, step.s)
+    return (clock(path, t) - a) / (b - a)
+
+
+class Keeper(AttentionControl):
+    """Keeps the values of each call of a source step.
+
+    Attributes:
+        turns: for each call, how far along the step it was made, and its values by layer.
+    """
+
+    def __init__(self, sites: frozenset[str], step: Step, path: Path):
+        self.sites, self.step, self.path = sites, step, path
+        self.turns: list[Turn] = []
+
+    def wants(self, site: AttentionSite) -> bool:
+        """The chosen layers."""
+        return site.name in self.sites
+
+    def qkv(
+        self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep the conditional rows' values."""
+        if not self.turns or call.site.name in self.turns[-1][1]:
+            self.turns.append((along(self.step, self.path, call.t), {}))
+        rows = call.rows.where(half="cond").to(v.device)
+        self.turns[-1][1][call.site.name] = v.detach()[rows]
+        return q, k, v
+
+
+class Giver(AttentionControl):
+    """Puts given values in the place of the targets' own."""
+
+    def __init__(self, sites: frozenset[str], image_only: bool):
+        self.sites, self.image_only = sites, image_only
+        self.values: Values = {}
+
+    def wants(self, site: AttentionSite) -> bool:
+        """The chosen layers."""
+        return site.name in self.sites
+
+    def active(self, call: AttentionCall) -> bool:
+        """While there is something to give."""
+        return call.site.name in self.values
+
+    def qkv(
+        self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Replace them in all rows but the source's."""
+        rows = [i for i, row in enumerate(call.rows) if row.branch != "source"]
+        given = self.values[call.site.name][[call.rows[i].image for i in rows]].to(v)
+        if self.image_only:
+            given = torch.slice_scatter(
+                v[rows], given[..., call.image, :], -2, call.image.start, call.image.stop
+            )
+        return q, k, v.index_copy(0, torch.tensor(rows, device=v.device), given)
+
+
+class Sharing(Control):
+    """Takes the source's step anew before each shared step, and hands out its values."""
+
+    def __init__(self, job: EditJob, options: RFEditOptions):
+        self.job, self.options = job, options
+        self.count = int(round(options.inject * job.grid.steps, 9))
+        self.sites = last_layers(job.model, options.blocks)
+        self.giver = Giver(self.sites, options.tokens == "image")
+        method = get("invert", job.inversion.method).make(**job.inversion.options)
+        self.solver: Solver = method.replay(job.inversion).solver
+
+    def attention(self) -> Sequence[AttentionControl]:
+        """What gives, if anything is given at all."""
+        return (self.giver,) if self.count and self.sites else ()
+
+    def denoiser(self, step: Step, denoise: Asked, layout: Layout) -> Asked:
+        """One whose calls find the values of their counterparts."""
+        if step.position >= self.count or not self.sites:
+            return denoise
+        return Informed(denoise, step, self.source_step(step, denoise.ledger), self.giver)
+
+    def source_step(self, step: Step, ledger: Ledger) -> list[Turn]:
+        """Take the source's step over the same interval; return what its calls had."""
+        job, inversion = self.job, self.job.inversion
+        up = self.options.features == "inversion"
+        place = step.index if up else step.index + 1
+        ends = (step.clean, step.noisy) if up else (step.noisy, step.clean)
+        taken = Step(step.index, step.count, *ends, not up)
+        now = {k: v[place].to(job.model.device) for k, v in inversion.states.items()}
+        state = State(now.pop("x"), now)
+        keeper = Keeper(self.sites, taken, job.model.path)
+        source = Denoiser(job.model, [_source(inversion)], ledger=ledger)
+        with hooked(source, [keeper]):
+            self.solver.step(source, state, taken, job.model.path)
+        return keeper.turns
+
+
+def _source(inversion: Inversion) -> Branch:
+    """The source as the inversion asked about it."""
+    scale = inversion.options.get("inversion_guidance", 1.0)
+    scale = inversion.guidance if scale is None else scale
+    told = inversion.options.get("inversion_embedded", 1.0)
+    given, negative = inversion.condition.told(told), inversion.negative.told(told)
+    return Branch("source", given, negative, scale)
+
+
+class Informed(Wrapped):
+    """Before each call, gives the values of the unused turn that lies nearest along the step."""
+
+    def __init__(self, inner: Asked, step: Step, turns: Sequence[Turn], giver: Giver):
+        super().__init__(inner, lambda prediction, x, t: prediction)
+        self.step, self.turns, self.giver = step, list(turns), giver
+
+    def __call__(self, x: Tensor, t: float) -> Prediction:
+        """The prediction with shared values."""
+        place = along(self.step, self.model.path, t)
+        turn = min(self.turns, key=lambda turn: abs(turn[0] - place), default=None)
+        if turn is None:
+            return self.inner(x, t)
+        self.turns = [other for other in self.turns if other is not turn]
+        self.giver.values = turn[1]
+        try:
+            return self.inner(x, t)
+        finally:
+            self.giver.values = {}
