@@ -89,9 +89,11 @@ class UniInv:
     def invert(self, job: Job) -> Inversion:
         """Walk up with the source prompt."""
         grid = job.grid.truncate(self.options.strength)
-        solver = UniInvStep(self.options.zero_start)
-        states = job.climb(solver, grid, self.options.inversion_guidance)
-        return job.pack("uniinv", self.options, grid, states)
+        solver, options = UniInvStep(self.options.zero_start), self.options
+        states = job.climb(
+            solver, grid, options.inversion_guidance, told=options.inversion_embedded
+        )
+        return job.pack("uniinv", options, grid, states)
 
     def replay(self, inversion: Inversion) -> Replay:
         """Walk down by Euler's rule."""
