@@ -15,9 +15,15 @@ from retour.core.control import Chain, Control
 from retour.core.grid import Step
 from retour.core.loop import walk
 from retour.core.state import State
-from retour.editors._inject import first_step, lenders
+from retour.editors._inject import lenders, part_of
 from retour.editors.base import EditJob
-from retour.editors.masactrl import MasaCtrl, MasaCtrlOptions, MutualAttention, alike
+from retour.editors.masactrl import (
+    MasaCtrl,
+    MasaCtrlOptions,
+    MutualAttention,
+    alike,
+    chosen_layers,
+)
 from retour.editors.reprompt import Reprompt
 from retour.errors import RetourError
 
@@ -178,8 +184,8 @@ def test_control_begins_at_its_step_and_acts_in_fine_layers(family, inv):
 
 
 def test_four_of_fifty():
-    assert first_step(MasaCtrlOptions().start, 50) == 4
-    assert [first_step(0.8, n) for n in (50, 5, 1)] == [40, 4, 0]
+    assert part_of(MasaCtrlOptions().start, 50) == 4
+    assert [part_of(0.8, n) for n in (50, 5, 1)] == [40, 4, 0]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,9 @@ def test_four_of_fifty():
 )
 def test_layers_are_the_papers_on_stable_diffusion(name, wanted):
     """Published: layers 10 to 15 of SD's 16; on SDXL, one of its demonstrations' choices, 64."""
-    model_, control = layout(name), MutualAttention(4, MasaCtrlOptions())
+    model_, options = layout(name), MasaCtrlOptions()
+    chosen = chosen_layers(model_.attention_sites(), options)
+    control = MutualAttention(4, chosen, options.coarsest)
     rows = Rows([Row("source", "cond", 0), Row("target", "cond", 0)])
     factors, edge = model_.factors(), model_.edge
     found = []
@@ -214,6 +222,14 @@ def test_layers_are_the_papers_on_stable_diffusion(name, wanted):
     assert list(dict.fromkeys(s.name.rsplit(".transformer", 1)[0] for s in found)) == wanted
     first = {"sd1": 10, "sdxl": 64, "emoji": 3}[name]
     assert [s.index for s in found] == list(range(first, first + len(found)))
+
+
+def test_a_transformer_controls_its_late_blocks_and_one_at_least():
+    sites = model("sd3").attention_sites()
+    order = [site.name for site in sites]
+    for depth, wanted in ((0.0, order), (0.4, order[1:]), (0.7, order[2:]), (1.0, order[2:])):
+        assert chosen_layers(sites, MasaCtrlOptions(depth=depth)) == set(wanted)
+    assert chosen_layers(sites, MasaCtrlOptions(layers="all", depth=1.0)) == set(order)
 
 
 # --- Masks ----------------------------------------------------------------------------------------

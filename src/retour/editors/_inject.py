@@ -49,9 +49,9 @@ def embed(job: EditJob, prompt: str) -> Condition:
     return job.model.embed([prompt] * job.inversion.images, size=size)
 
 
-def first_step(fraction: float, steps: int) -> int:
-    """The step, counted from the noisy end, before which that fraction of the steps has passed."""
-    return int(round(fraction * steps, 9))
+def part_of(fraction: float, whole: int) -> int:
+    """How many steps (or layers) that fraction of them is, rounded down."""
+    return int(round(fraction * whole, 9))
 
 
 def decoder_site(
@@ -80,3 +80,13 @@ def decoder_site(
             f"{model.name!r} offers no features of its decoder: use editor masactrl or p2p"
         )
     return min(blocks, key=lambda site: abs(site.depth - depth))
+
+
+def attention_after(model: Model, site: FeatureSite) -> list[str]:
+    """Names of the attention layers that run after a site in the same place."""
+    if site.place == "block":
+        names = [layer.name for layer in model.attention_sites()]
+        return names[names.index(site.name) + 1 :]
+    sites = [other for other in model.feature_sites() if other.place == site.place]
+    after = sites[[other.name for other in sites].index(site.name) + 1 :]
+    return [other.name for other in after if other.kind == "attention"]

@@ -21,7 +21,8 @@ both. A side without any pixel in the source restricts nothing.
 Layers: the paper's "step 4 of 50, layer 10 of 16" is, in Stable Diffusion, the decoder from half of
 the latents' resolution up; layers are chosen by that (`coarsest`), so that other networks get the
 same place. Transformers with joint attention exchange keys and values of the *image* tokens, in
-blocks from `depth` on; the text's stay their own.
+blocks from `depth` on (layer 10 of 16 is at 0.6); the text's stay their own. Fewer, later blocks
+bear edits that contradict the source's colours, which is not what the method is for.
 
 The source prompt: the published code inverts real images with the prompt "" and runs the source
 branch with it. Here the inversion's own prompt is the default, since the trajectory was found with
@@ -57,7 +58,7 @@ from ..core.grid import Step
 from ..core.model import AttentionSite
 from ..core.registry import Paper, register
 from ..errors import RetourError, check_range
-from ._inject import borrowed, embed, first_step, lenders
+from ._inject import borrowed, embed, lenders, part_of
 from .align import positions
 from .base import EditJob, Editor
 from .blend import LEAST_GRID
@@ -75,7 +76,7 @@ class MasaCtrlOptions:
         start: fraction of the steps, from the noisy end, before control begins (4 of 50).
         layers: the `decoder` of a UNet, or `all` its layers.
         coarsest: coarsest layer controlled, as a fraction of the latents' edge; 0 for any.
-        depth: first block controlled in a transformer, as a fraction of its depth.
+        depth: first attention controlled in a transformer, as a fraction of its depth.
         source_prompt: prompt of the source branch: that of the `inversion`, or `empty`.
         source_guidance: guidance scale of the source branch; None takes the edit's.
         masks: words whose attention makes the masks, "source words,target words" (one side alone
@@ -86,11 +87,21 @@ class MasaCtrlOptions:
     start: float = 0.08
     layers: Literal["decoder", "all"] = "decoder"
     coarsest: float = 0.5
-    depth: float = 0.4
+    depth: float = 0.6
     source_prompt: Literal["inversion", "empty"] = "inversion"
     source_guidance: float | None = None
     masks: str | None = None
     mask_threshold: float = 0.1
+
+
+def chosen_layers(sites: Sequence[AttentionSite], options: MasaCtrlOptions) -> frozenset[str]:
+    """Names of the layers that may be controlled: a decoder's, or late blocks, one at least."""
+    found = [site for site in sites if site.kind != "cross"]
+    if options.layers == "decoder":
+        blocks = [site for site in found if site.place == "block"]
+        first = min(part_of(options.depth, len(blocks)), len(blocks) - 1)
+        found = [site for site in found if site.place == "up"] + blocks[max(0, first) :]
+    return frozenset(site.name for site in found)
 
 
 class MutualAttention(AttentionControl):
@@ -98,25 +109,22 @@ class MutualAttention(AttentionControl):
 
     Args:
         start: first controlled step, counted from the noisy end.
-        options: the layers.
+        layers: names of the layers.
+        coarsest: coarsest of them that are controlled, as a fraction of the latents' edge.
     """
 
-    def __init__(self, start: int, options: MasaCtrlOptions):
-        self.start, self.options = start, options
+    def __init__(self, start: int, layers: frozenset[str], coarsest: float):
+        self.start, self.layers, self.coarsest = start, layers, coarsest
 
     def wants(self, site: AttentionSite) -> bool:
-        """Self-attention of the decoder, joint attention of late blocks."""
-        if site.kind == "cross":
-            return False
-        if site.place == "block":
-            return self.options.layers == "all" or site.depth >= self.options.depth
-        return self.options.layers == "all" or site.place == "up"
+        """The layers."""
+        return site.name in self.layers
 
     def active(self, call: AttentionCall) -> bool:
         """From the first controlled step on, in fine layers, where there is a source."""
         if call.step is None or not call.step.down or call.step.position < self.start:
             return False
-        fine = call.site.place == "block" or call.factor * self.options.coarsest <= 1
+        fine = call.site.place == "block" or call.factor * self.coarsest <= 1
         return fine and lenders(call.rows) is not None
 
     def qkv(
@@ -164,8 +172,8 @@ class Masks:
 class MaskedMutualAttention(MutualAttention):
     """Mutual self-attention with foreground and background kept apart."""
 
-    def __init__(self, start: int, options: MasaCtrlOptions, masks: Masks):
-        super().__init__(start, options)
+    def __init__(self, start: int, layers: frozenset[str], coarsest: float, masks: Masks):
+        super().__init__(start, layers, coarsest)
         self.masks = masks
 
     def logits(self, call: AttentionCall, logits: Tensor) -> Tensor:
@@ -223,15 +231,15 @@ class MasaCtrl(Editor):
             RetourError: `masks` names words that the prompts do not hold, or a mask that is not
                 there.
         """
-        start = first_step(self.options.start, job.grid.steps)
+        start = part_of(self.options.start, job.grid.steps)
+        layers = chosen_layers(job.model.attention_sites(), self.options)
+        where = (start, layers, self.options.coarsest)
         if self.options.masks in OFF:
-            return _Mutual(job, self.options, [MutualAttention(start, self.options)])
+            return _Mutual(job, self.options, [MutualAttention(*where)])
         store = AttentionStore()
         masks = self._masks(job, store)
-        # The store comes first, so that this layer's own maps are in it when a mask is asked for.
         kept = [] if masks.given is not None else [store]
-        controls = [*kept, MaskedMutualAttention(start, self.options, masks)]
-        return _Mutual(job, self.options, controls)
+        return _Mutual(job, self.options, [*kept, MaskedMutualAttention(*where, masks)])
 
     def _masks(self, job: EditJob, store: AttentionStore) -> Masks:
         threshold = self.options.mask_threshold

@@ -47,7 +47,7 @@ from ..core.model import AttentionSite, FeatureSite
 from ..core.registry import Paper, register
 from ..core.state import State
 from ..errors import check_range
-from ._inject import borrowed, decoder_site, embed, first_step, lenders
+from ._inject import borrowed, decoder_site, embed, lenders, part_of
 from ._track import OnTrack
 from .base import EditJob, Editor
 
@@ -169,8 +169,8 @@ class _Plugs(Control):
         sites, steps = job.model.feature_sites(), job.grid.steps
         names = [s.name for s in sites]
         later = [s.name for s in sites[names.index(site.name) + 1 :] if s.place in ("up", "block")]
-        self.plugs = InjectedFeatures(site.name, first_step(options.features, steps))
-        self.structure = InjectedQueriesAndKeys(later, first_step(options.attention, steps))
+        self.plugs = InjectedFeatures(site.name, part_of(options.features, steps))
+        self.structure = InjectedQueriesAndKeys(later, part_of(options.attention, steps))
         self.track = job.inversion.states["x"]
         self.empty = embed(job, "")
         self.negative = None if options.negative is None else embed(job, options.negative)
