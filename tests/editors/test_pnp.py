@@ -16,7 +16,7 @@ from retour.core import registry
 from retour.core.branches import Wrapped
 from retour.core.control import Control
 from retour.demo import examples
-from retour.editors._inject import decoder_site
+from retour.editors._inject import attention_after, decoder_site
 from retour.editors.base import EditJob
 from retour.editors.pnp import PlugAndPlay, PnPOptions, _Plugs
 from retour.editors.reprompt import Reprompt
@@ -171,9 +171,7 @@ def test_layers_are_the_papers_on_stable_diffusion(name, wanted, layers):
     chosen = layout(name)
     site = decoder_site(chosen, (chosen.edge, chosen.edge), "conv", joint="attention", depth=0.4)
     assert site.name == f"up_blocks.{wanted}.conv2"
-    names = [s.name for s in chosen.feature_sites()]
-    after = [s for s in chosen.feature_sites()[names.index(site.name) + 1 :] if s.place == "up"]
-    found = [s.name.split(".") for s in after if s.kind == "attention"]
+    found = [name.split(".") for name in attention_after(chosen, site)]
     assert list(dict.fromkeys(f"{name[1]}.{name[3]}" for name in found)) == layers
 
 

@@ -47,7 +47,7 @@ from ..core.model import AttentionSite, FeatureSite
 from ..core.registry import Paper, register
 from ..core.state import State
 from ..errors import check_range
-from ._inject import borrowed, decoder_site, embed, lenders, part_of
+from ._inject import attention_after, borrowed, decoder_site, embed, lenders, part_of
 from ._track import OnTrack
 from .base import EditJob, Editor
 
@@ -166,9 +166,7 @@ class _Plugs(Control):
         site = decoder_site(
             job.model, (height, width), "conv", joint="attention", depth=options.depth
         )
-        sites, steps = job.model.feature_sites(), job.grid.steps
-        names = [s.name for s in sites]
-        later = [s.name for s in sites[names.index(site.name) + 1 :] if s.place in ("up", "block")]
+        steps, later = job.grid.steps, attention_after(job.model, site)
         self.plugs = InjectedFeatures(site.name, part_of(options.features, steps))
         self.structure = InjectedQueriesAndKeys(later, part_of(options.attention, steps))
         self.track = job.inversion.states["x"]
