@@ -171,6 +171,17 @@ def test_all_steps_alone_are_sdedit():
     assert error(result.latents, inversion.latents) > 1e-2
 
 
+@pytest.mark.parametrize(("shift", "steps"), [(1.0, 24), (3.0, 18), (3.15, 18)])
+def test_by_default_it_begins_at_the_published_time_on_any_grid(shift, steps):
+    """Flow time 0.85: 33 of 50 steps shifted by 3, as published, are 18 of 28; unshifted, 24."""
+    inversion = invert(steps=28)
+    inversion.grid = flow_grid(28, shift)
+    assert edit(inversion).record["nfe_edit"] == 2 * steps
+    fifty = invert(steps=50)
+    fifty.grid = flow_grid(50, 3.0)
+    assert edit(fifty).record["nfe_edit"] == 2 * 33
+
+
 # --- Noises ---------------------------------------------------------------------------------------
 
 

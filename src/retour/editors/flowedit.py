@@ -18,10 +18,13 @@ from step to step is their difference, :math:`b - a = z - y_0`. Runs on every pa
 With equal prompts and scales the data returns exactly, and between two Gaussians of equal spread
 the result is exactly the data moved by the difference of their means.
 
-The published scales differ by model: 1.5 and 13.5 / 3.5 times it; see :class:`FlowEditOptions`.
-
-Where we deviate: noises are drawn for the intervals of the whole grid, so that another `n_max` sees
-the same ones. A user's mask multiplies :math:`z - y_0`.
+Where we deviate: the published counts, 33 of 50 steps with SD3 and 24 of 28 with FLUX, begin at the
+flow times 0.85 and 0.95 of those models' shifted grids. An unshifted grid would begin at 0.66 with
+the same count, too late to change a background; so without `n_max` the steps up to SD3's *time* are
+taken, on any grid. The published guidance scales (source and target: 3.5 and 13.5 with SD3, 1.5 and
+5.5 told to FLUX) are no defaults: both sides take the edit's scale unless told otherwise. Noises
+are drawn for the intervals of the whole grid, so that another `n_max` sees the same ones. A user's
+mask multiplies :math:`z - y_0`.
 
 Cost: the source's and the target's rows in `n_max` N steps, `n_avg` times.
 
@@ -39,7 +42,7 @@ from torch import Tensor
 
 from ..core.branches import Branch, Denoiser, Layout, Wrapped
 from ..core.control import Control
-from ..core.grid import Step
+from ..core.grid import Step, shift
 from ..core.path import Prediction, levels, predict
 from ..core.registry import Paper, get, register
 from ..core.state import State
@@ -50,14 +53,16 @@ from .base import EditJob, Editor, Start
 
 Asked: TypeAlias = Denoiser | Wrapped
 
+START = shift(33 / 50, 3.0)  # SD3's count on SD3's grid.
+
 
 @dataclass(frozen=True)
 class FlowEditOptions:
     """Options of FlowEdit.
 
     Attributes:
-        n_max: part of the grid's steps that is taken, from the clean end (33 of 50 with SD3, 24 of
-            28 with FLUX).
+        n_max: part of the grid's steps that is taken, from the clean end; None: as many as begin
+            nearest to flow time 0.85.
         n_min: part of them, the last, in which the target is sampled alone.
         n_avg: noises per step.
         source_guidance: guidance scale of the source: classifier-free, or what a
@@ -66,7 +71,7 @@ class FlowEditOptions:
         seed: of the noises.
     """
 
-    n_max: float = 33 / 50
+    n_max: float | None = None
     n_min: float = 0.0
     n_avg: int = 1
     source_guidance: float | None = None
@@ -74,8 +79,9 @@ class FlowEditOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range("n_max", self.n_max, 0, 1)
-        check_range("n_min", self.n_min, 0, self.n_max)
+        if self.n_max is not None:
+            check_range("n_max", self.n_max, 0, 1)
+        check_range("n_min", self.n_min, 0, 1 if self.n_max is None else self.n_max)
         if self.n_avg < 1:
             raise RetourError(f"n_avg must be at least 1, got {self.n_avg}")
 
@@ -120,14 +126,24 @@ class FlowEdit(Editor):
     def prepare(self, job: EditJob, denoiser: Denoiser, replay: Replay) -> Start:
         """All branches at the data: their difference is nothing yet."""
         data = job.inversion.latents.to(denoiser.model.device)
-        return Start(State(data).tile(len(denoiser.branches)), self.count(job, self.options.n_max))
+        return Start(State(data).tile(len(denoiser.branches)), self.depth(job))
 
     def control(self, job: EditJob) -> Control:
         """The path from source to target."""
-        return Difference(job, self.options, self.count(job, self.options.n_min))
+        return Difference(job, self.options, self.alone(job))
 
-    def count(self, job: EditJob, part: float) -> int:
-        """A part of the whole grid's steps, though no more than the inversion's grid has."""
+    def depth(self, job: EditJob) -> int:
+        """Number of steps taken; no more than the inversion's grid has."""
+        if self.options.n_max is not None:
+            return self._count(job, self.options.n_max)
+        gaps = [abs(clock(job.model.path, t) - START) for t in job.grid.times]
+        return gaps.index(min(gaps))
+
+    def alone(self, job: EditJob) -> int:
+        """Number of steps, the last ones, in which the targets are sampled alone."""
+        return min(self.depth(job), self._count(job, self.options.n_min))
+
+    def _count(self, job: EditJob, part: float) -> int:
         whole = job.inversion.record.get("steps", job.grid.steps)
         return min(job.grid.steps, int(round(part * whole, 9)))
 

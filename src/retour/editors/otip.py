@@ -83,7 +83,7 @@ class OTIPEdit(FlowEdit):
 
     def control(self, job: EditJob) -> Control:
         """The weighted path from source to target."""
-        return Weighted(job, self.options, self.count(job, self.options.n_min))
+        return Weighted(job, self.options, self.alone(job))
 
 
 class Weighted(Difference):
