@@ -22,6 +22,7 @@ from retour import api, demo
 from retour.core.model import Model
 from retour.core.progress import quiet
 from retour.core.registry import Entry
+from retour.errors import RetourError
 from retour.evaluate.suite import Suite
 from retour.io import atomic_write, save_image
 
@@ -105,8 +106,13 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     lines, sections = [], []
     for entry in fitting(model, given.editors.split(",") if given.editors else None):
-        with quiet():
-            lines.append(make(entry, model, given.out))
+        try:
+            with quiet():
+                lines.append(make(entry, model, given.out))
+        except RetourError as error:
+            # An editor that needs more than a prompt: drag points, say.
+            sections.append(f"## {entry.name}\n\n{entry.summary}\n\nNot shown here: {error}.\n")
+            continue
         sections.append(section(entry))
         print(lines[-1], flush=True)
     head = HEAD.format(
