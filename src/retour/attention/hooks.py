@@ -25,8 +25,9 @@ counter exists anywhere: the step comes from the loop, time and rows from the ca
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,6 +42,8 @@ from ..core.branches import Denoiser, Rows
 from ..core.grid import Step
 from ..core.model import AttentionSite, Condition, Model
 from ..errors import RetourError
+
+Rotary = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class AttentionCall:
             None if it is ``self``.
         latent: (height, width) of the latents given to the network.
         heads: number of heads.
+        rotary: cosines and sines (tokens, d) of the rotary embedding that queries and keys carry
+            already; None where positions are told otherwise.
     """
 
     site: AttentionSite
@@ -67,6 +72,7 @@ class AttentionCall:
     text: slice | None
     latent: tuple[int, int]
     heads: int
+    rotary: Rotary | None = None
 
     @property
     def pixels(self) -> int:
@@ -102,6 +108,8 @@ class AttentionCall:
 
     def with_block(self, maps: Tensor, block: Tensor, keys: slice) -> Tensor:
         """Return `maps` with the block (image queries, `keys`) replaced; out of place."""
+        if block.shape == maps.shape:
+            return block
         strip = maps[..., self.image, :]
         strip = torch.slice_scatter(strip, block, -1, keys.start, keys.stop)
         return torch.slice_scatter(maps, strip, -2, self.image.start, self.image.stop)
@@ -205,7 +213,13 @@ class Hooks:
             self.current = before
 
     def describe(
-        self, site: AttentionSite, rows: int, tokens: tuple[int, int], text: int, heads: int
+        self,
+        site: AttentionSite,
+        rows: int,
+        tokens: tuple[int, int],
+        text: int,
+        heads: int,
+        rotary: Rotary | None = None,
     ) -> AttentionCall | None:
         """Describe an attention of `rows` rows over `tokens` (queries, keys).
 
@@ -215,7 +229,9 @@ class Hooks:
         if call is None or len(call.rows) != rows:
             return None
         image, words = _token_slices(site, *tokens, text if text else call.text)
-        return AttentionCall(site, self.step, call.t, call.rows, image, words, call.latent, heads)
+        return AttentionCall(
+            site, self.step, call.t, call.rows, image, words, call.latent, heads, rotary
+        )
 
 
 def _text_tokens(condition: Condition) -> int:
@@ -284,7 +300,7 @@ class _Processor:
         text = 0 if encoder is None else encoder.shape[1]
         if not self.active(len(hidden), self._tokens(hidden, text), text, attn.heads):
             return self.original(attn, hidden, *args, **kw)
-        watch = _Watch(self, attn, text)
+        watch = _Watch(self, attn, text, self._rotary(args, kw))
         with watch:
             result = self.runner(attn, hidden, *args, **kw)
         if not watch.seen:
@@ -295,6 +311,11 @@ class _Processor:
             )
         return result
 
+    def _rotary(self, args: Sequence[Any], kw: Mapping[str, Any]) -> Rotary | None:
+        """The rotary embedding that the processor was given, by name or by place."""
+        names = list(inspect.signature(self.runner.__call__).parameters)[2:]
+        return (dict(zip(names, args, strict=False)) | dict(kw)).get("image_rotary_emb")
+
     def _tokens(self, hidden: Tensor, text: int) -> tuple[int, int]:
         """Numbers of queries and keys that the attention over `hidden` will have."""
         pixels = hidden.shape[1] if hidden.ndim == 3 else hidden.shape[-2] * hidden.shape[-1]
@@ -302,11 +323,18 @@ class _Processor:
             return pixels + text, pixels + text
         return pixels, text if self.site.kind == "cross" else pixels
 
-    def active(self, rows: int, tokens: tuple[int, int], text: int, heads: int) -> Active:
+    def active(
+        self,
+        rows: int,
+        tokens: tuple[int, int],
+        text: int,
+        heads: int,
+        rotary: Rotary | None = None,
+    ) -> Active:
         """Controls that take part in this call, each with its description of it."""
         found: Active = []
         for hooks, controls in self.parties:
-            call = hooks.describe(self.site, rows, tokens, text, heads)
+            call = hooks.describe(self.site, rows, tokens, text, heads, rotary)
             if call is not None:
                 found += [(c, call) for c in controls if c.active(call)]
         return found
@@ -333,9 +361,9 @@ def _with_fused_kernel(processor: Any) -> Any:
 class _Watch(TorchFunctionMode):
     """Hands the first attention computed inside to the controls."""
 
-    def __init__(self, processor: _Processor, layer: Any, text: int):
+    def __init__(self, processor: _Processor, layer: Any, text: int, rotary: Rotary | None = None):
         super().__init__()
-        self.processor, self.text, self.seen = processor, text, False
+        self.processor, self.text, self.rotary, self.seen = processor, text, rotary, False
         twin = processor.runner is not processor.original
         # A processor of the old kind scales by what its layer says; its twin takes the default.
         self.forced = {"scale": layer.scale} if twin else {}
@@ -351,7 +379,7 @@ class _Watch(TorchFunctionMode):
         names = ("attn_mask", "dropout_p", "is_causal")
         settings = dict(zip(names, args, strict=False)) | kw | self.forced
         tokens = (query.shape[-2], key.shape[-2])
-        active = self.processor.active(len(query), tokens, self.text, query.shape[1])
+        active = self.processor.active(len(query), tokens, self.text, query.shape[1], self.rotary)
         for control, call in active:
             query, key, value = control.qkv(call, query, key, value)
         if any(_needs_maps(control) for control, _ in active):
