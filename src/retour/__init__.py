@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .api import methods as methods
     from .api import reconstruct as reconstruct
     from .core.state import Inversion as Inversion
+    from .dragging import Drag as Drag
+    from .dragging import drag as drag
     from .errors import RetourError as RetourError
     from .explanation import explain as explain
     from .models.load import embedded as embedded

@@ -1,0 +1,314 @@
+r"""Where everything goes when some points are dragged: an explicit map between image tokens.
+
+The picture is a grid of tokens; positions are (row, column) in token units throughout, and
+:math:`P` is the set of tokens that may be edited.
+
+*Displacements.* Drag :math:`i` takes handle :math:`s_i` to :math:`e_i`, :math:`d_i = e_i - s_i`. In
+mode ``move`` everything goes along, scaled by :math:`r` about the handle: :math:`v^i(p) = d_i +
+(r_i - 1)(p - s_i)`. In mode ``drag`` the picture is elastic: :math:`v^i(p) = \lambda d_i`, where
+:math:`\lambda` falls linearly from 1 at the handle to 0 on the circle around the bounding
+rectangle of :math:`P`, along the ray from the handle through :math:`p`. Every token obeys its
+nearest handle alone ("winner takes all"), with weight :math:`\alpha(p) = 1 / |p - s_{i^*}|`;
+``average`` weighs all handles, as FastDrag does, so that opposite drags cancel between them.
+
+*Map.* Token :math:`p` lands on :math:`\operatorname{round}(p + v)`, kept on the grid; of several
+that land together the one with the largest :math:`\alpha` wins. :math:`M(x)` is who landed on
+:math:`x`, :math:`A(x) = \min(1, \alpha)`. A magnified object leaves gaps between its landing
+places, which we give to the nearest of its tokens (the paper does not say).
+
+*Regions*, disjoint: destinations :math:`P^*`; what was vacated (in :math:`P`, not in :math:`P^*`);
+a transition band around both; the background, all the rest.
+
+Reference: Yin et al., "LazyDrag: Enabling Stable Drag-Based Editing on Multi-Modal Diffusion
+Transformers via Explicit Correspondence", ICLR 2026, arXiv 2509.12203.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import RetourError
+
+Mode = Literal["drag", "move"]
+Field = Literal["nearest", "average"]
+Point = tuple[float, float]
+
+_NUMBER = r"\s*(-?\d+(?:\.\d*)?)\s*"
+_DRAG = re.compile(rf"{_NUMBER},{_NUMBER}>{_NUMBER},{_NUMBER}(?:\*{_NUMBER}(?:,{_NUMBER})?)?")
+
+
+@dataclass(frozen=True)
+class Drag:
+    """One drag, in pixels of the picture from its top left corner.
+
+    Attributes:
+        start: (x, y) of the handle.
+        end: (x, y) of where it shall go.
+        scale: (across, down) magnification of what goes along; for mode ``move``.
+    """
+
+    start: Point
+    end: Point
+    scale: tuple[float, float] = (1.0, 1.0)
+
+    def __str__(self) -> str:
+        numbers = ",".join(f"{v:g}" for v in self.start), ",".join(f"{v:g}" for v in self.end)
+        scale = "" if self.scale == (1.0, 1.0) else "*" + ",".join(f"{v:g}" for v in self.scale)
+        return ">".join(numbers) + scale
+
+
+def parse_drags(text: str) -> tuple[Drag, ...]:
+    """Read "x,y>x,y; x,y>x,y*scale": handles, where they go, and how much larger they become."""
+    return tuple(_parse_drag(part) for part in text.split(";") if part.strip())
+
+
+def _parse_drag(text: str) -> Drag:
+    found = _DRAG.fullmatch(text)
+    if found is None:
+        raise RetourError(f"cannot read the drag {text.strip()!r}: write x,y>x,y in pixels")
+    x0, y0, x1, y1, across, down = (None if v is None else float(v) for v in found.groups())
+    assert None not in (x0, y0, x1, y1)
+    across = 1.0 if across is None else across
+    return Drag((x0, y0), (x1, y1), (across, across if down is None else down))  # type: ignore[arg-type]
+
+
+def check_inside(point: Point, size: tuple[int, int]) -> None:
+    """Refuse a point outside of a picture of (width, height) pixels."""
+    if not (0 <= point[0] < size[0] and 0 <= point[1] < size[1]):
+        raise RetourError(
+            f"the point {point[0]:g},{point[1]:g} lies outside of the picture, which is {size[0]} "
+            f"x {size[1]} pixels: x is counted from the left, y from the top, both from 0"
+        )
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A drag in token units, (row, column).
+
+    Attributes:
+        handle: s.
+        shift: d.
+        scale: r.
+    """
+
+    handle: Point
+    shift: Point
+    scale: Point = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class DragMap:
+    """Correspondence between N = h w tokens, row by row.
+
+    Attributes:
+        size: (h, w).
+        source: (N,) long: M(x) at destinations, x itself elsewhere.
+        weight: (N,) float64: A(x) at destinations, 0 elsewhere.
+        destination: (N,) bool: where something landed.
+        vacated: (N,) bool: what was left, and nothing landed on.
+        transition: (N,) bool: a band around both.
+        background: (N,) bool: the rest.
+    """
+
+    size: tuple[int, int]
+    source: Tensor
+    weight: Tensor
+    destination: Tensor
+    vacated: Tensor
+    transition: Tensor
+    background: Tensor
+
+
+def displacements(
+    points: Tensor, pulls: Sequence[Pull], mode: Mode, field: Field = "nearest"
+) -> tuple[Tensor, Tensor]:
+    """Displacements (m, 2) of points (m, 2), and their weights alpha (m,), infinite at a handle."""
+    gaps = torch.stack([points - torch.tensor(p.handle, dtype=torch.float64) for p in pulls])
+    near = gaps.norm(dim=-1)
+    alpha = 1 / near
+    parts = torch.stack([_pulled(points, p, mode) for p in pulls])
+    best = near.argmin(0)
+    if field == "nearest":
+        chosen = parts.gather(0, best[None, :, None].expand(1, -1, 2))[0]
+    else:
+        share = torch.where(near == 0, 1e12, alpha)
+        chosen = (share[..., None] * parts).sum(0) / share.sum(0)[:, None]
+    return chosen, alpha.gather(0, best[None])[0]
+
+
+def _pulled(points: Tensor, pull: Pull, mode: Mode) -> Tensor:
+    handle, shift, scale = (
+        torch.tensor(v, dtype=torch.float64) for v in (pull.handle, pull.shift, pull.scale)
+    )
+    if mode == "move":
+        return shift + (scale - 1) * (points - handle)
+    return elasticity(points, handle)[:, None] * shift
+
+
+def elasticity(points: Tensor, handle: Tensor) -> Tensor:
+    """lambda (m,) of points (m, 2): 1 at the handle, 0 on the circle around their rectangle."""
+    low, high = points.amin(0), points.amax(0)
+    centre, radius = (low + high) / 2, (high - low).norm() / 2
+    gap = points - handle
+    far = gap.norm(dim=-1)
+    ray = gap / far.clamp_min(1e-12)[:, None]
+    along = ray @ (handle - centre)
+    inside = along**2 - (handle - centre).square().sum() + radius**2
+    reach = -along + inside.clamp_min(0).sqrt()
+    part = torch.where((inside >= 0) & (reach > 0), (reach - far) / reach.clamp_min(1e-12), 0.0)
+    return torch.where(far == 0, 1.0, part.clamp(0, 1))
+
+
+def drag_map(
+    editable: Tensor,
+    pulls: Sequence[Pull],
+    mode: Mode = "drag",
+    *,
+    field: Field = "nearest",
+    band: int = 1,
+) -> DragMap:
+    """Map of some pulls.
+
+    Args:
+        editable: (h, w) bool, P.
+        pulls: the drags; without any, everything stays where it is.
+        mode: elastic, or rigid with scaling.
+        field: nearest handle, or average of all.
+        band: width of the transition, in tokens.
+    """
+    size = (int(editable.shape[0]), int(editable.shape[1]))
+    if not bool(editable.any()):
+        raise RetourError("the mask covers no token of the model's grid: paint a larger area")
+    points = editable.nonzero().double()
+    if pulls:
+        shift, alpha = displacements(points, pulls, mode, field)
+    else:
+        shift, alpha = torch.zeros_like(points), torch.ones(len(points), dtype=torch.float64)
+    landed = points + shift
+    source, weight = _land(size, points, landed, alpha)
+    if mode == "move" and any(max(p.scale) > 1 for p in pulls):
+        _fill_gaps(size, points, landed, alpha, pulls, source, weight)
+    destination = source >= 0
+    vacated = editable.flatten() & ~destination
+    touched = destination | vacated
+    transition = _dilated(touched, size, band) & ~touched
+    everywhere = torch.arange(len(source))
+    return DragMap(
+        size,
+        torch.where(destination, source, everywhere),
+        torch.where(destination, weight.clamp(max=1.0), 0.0),
+        destination,
+        vacated,
+        transition,
+        ~(touched | transition),
+    )
+
+
+def _land(
+    size: tuple[int, int], points: Tensor, landed: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Who lands where (N,), -1 for nobody, and with which weight."""
+    limit = torch.tensor([size[0] - 1, size[1] - 1], dtype=torch.float64)
+    # Half rounds up, also for negative places: a shift of 1.5 moves all alike.
+    place = torch.minimum((landed + 0.5).floor().clamp_min(0), limit).long()
+    index, origin = _flat(place, size), _flat(points.long(), size)
+    source = torch.full((size[0] * size[1],), -1, dtype=torch.long)
+    weight = torch.zeros(len(source), dtype=torch.float64)
+    for k in alpha.argsort().tolist():  # the largest is written last
+        source[index[k]], weight[index[k]] = origin[k], alpha[k]
+    return source, weight
+
+
+def _fill_gaps(
+    size: tuple[int, int],
+    points: Tensor,
+    landed: Tensor,
+    alpha: Tensor,
+    pulls: Sequence[Pull],
+    source: Tensor,
+    weight: Tensor,
+) -> None:
+    """Give tokens inside a magnified object to the token that covers them."""
+    handles = torch.tensor([p.handle for p in pulls], dtype=torch.float64)
+    winner = torch.cdist(points, handles).argmin(1)
+    half = torch.tensor([p.scale for p in pulls], dtype=torch.float64)[winner] / 2
+    empty = (source < 0).nonzero().flatten()
+    here = torch.stack([empty // size[1], empty % size[1]], 1).double()
+    gaps = landed - here[:, None]
+    over = (gaps.abs() <= half + 1e-9).all(2)
+    nearest = torch.where(over, gaps.norm(dim=2), torch.inf).argmin(1)
+    covered = over.any(1)
+    taken = nearest[covered]
+    source[empty[covered]] = _flat(points[taken].long(), size)
+    weight[empty[covered]] = alpha[taken]
+
+
+def _flat(place: Tensor, size: tuple[int, int]) -> Tensor:
+    return place[:, 0] * size[1] + place[:, 1]
+
+
+def _dilated(region: Tensor, size: tuple[int, int], radius: int) -> Tensor:
+    area = region.reshape(1, 1, *size).float()
+    return F.max_pool2d(area, 2 * radius + 1, stride=1, padding=radius).flatten() > 0
+
+
+# --- On latents -----------------------------------------------------------------------------------
+
+
+_CELLS, _GRID = (-4, -2, -5, -3, -1), (-5, -4, -3, -2, -1)
+
+
+def to_tokens(z: Tensor, patch: int) -> Tensor:
+    """Latents (..., C, h, w) -> tokens (..., N, C patch^2), row by row."""
+    cells = z.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))
+    return cells.movedim(_CELLS, _GRID).flatten(-3).flatten(-3, -2)
+
+
+def from_tokens(tokens: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
+    """Inverse of :func:`to_tokens` for a grid of `size` tokens."""
+    cells = tokens.unflatten(-2, size).unflatten(-1, (-1, patch, patch))
+    return cells.movedim(_GRID, _CELLS).flatten(-4, -3).flatten(-2)
+
+
+def from_neighbours(tokens: Tensor, empty: Tensor, size: tuple[int, int]) -> Tensor:
+    """Fill empty tokens from the nearest others in the four directions, nearer ones counting more.
+
+    Args:
+        tokens: (N, D).
+        empty: (N,) bool; by place, not by value.
+        size: (h, w).
+    """
+    total, share = torch.zeros_like(tokens), tokens.new_zeros(len(tokens), 1)
+    places = torch.arange(len(tokens)).reshape(size)
+    for axis in (0, 1):
+        for flip in (False, True):
+            nearest, distance = _nearest(~empty.reshape(size), axis, flip)
+            found = nearest.flatten() >= 0
+            index = (places.gather(axis, nearest.clamp_min(0))).flatten()
+            weight = torch.where(found, 1 / distance.flatten().clamp_min(1), 0.0).to(tokens)
+            total += weight[:, None] * tokens[index]
+            share += weight[:, None]
+    # An empty picture has nothing to be filled from: it stays as it is.
+    filled = torch.where(share > 0, total / share.clamp_min(1e-12), tokens)
+    return torch.where(empty[:, None], filled, tokens)
+
+
+def _nearest(full: Tensor, axis: int, flip: bool) -> tuple[Tensor, Tensor]:
+    """Index along `axis` of the nearest full place at or before each, -1 for none; distances."""
+    area = full.flip(axis) if flip else full
+    shape = [1, 1]
+    shape[axis] = -1
+    along = torch.arange(full.shape[axis]).reshape(shape).expand_as(area)
+    last = torch.where(area, along, -1).cummax(axis).values
+    distance = (along - last).double()
+    if not flip:
+        return last, distance
+    mirrored = torch.where(last >= 0, full.shape[axis] - 1 - last, -1)
+    return mirrored.flip(axis), distance.flip(axis)
