@@ -6,8 +6,10 @@ import json
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import retour
 import tiny
@@ -28,6 +30,7 @@ from retour.editors._oir_pairs import (
 )
 from retour.editors._oir_way import Way
 from retour.editors.oir import edit_objects
+from retour.evaluate.suite import Suite
 
 SOURCE, TARGET = "a red apple on a blue background", "a green pear on a blue background"
 STEPS = 6
@@ -324,11 +327,15 @@ def test_changed_phrases(source, target, old, new):
     assert content("a red apple on the grass") == "red apple grass"
 
 
-def test_pairs_are_read_from_anything():
-    wanted = (Pair("a cat", "a dog", "cat.png"), Pair("ball", "cube"))
-    assert read_pairs("a cat -> a dog @ cat.png; ball -> cube") == wanted
-    assert read_pairs([("a cat", "a dog", "cat.png"), Pair("ball", "cube")]) == wanted
-    assert read_pairs({"ball": "cube"}) == wanted[1:]
+def test_pairs_are_read_from_anything(tmp_path):
+    Image.new("L", (16, 16), "white").save(tmp_path / "cat.png")
+    text = read_pairs(f"a cat -> a dog @ {tmp_path}/cat.png; ball -> cube")
+    plain = read_pairs([("a cat", "a dog", np.ones((16, 16))), Pair("ball", "cube")])
+    for found in (text, plain):
+        assert [str(pair) for pair in found] == ["a cat -> a dog", "ball -> cube"]
+        assert found[0].mask.size == (16, 16) and found[1].mask is None
+        assert read_pairs(found) == found
+    assert read_pairs({"ball": "cube"}) == (Pair("ball", "cube"),)
     assert read_pairs([]) == ()
 
 
@@ -505,6 +512,7 @@ def test_the_record_holds_words_not_masks():
     [
         ({"pairs": "cat"}, "write old phrase -> new phrase"),
         ({"pairs": [("cat",)]}, "give \\(old phrase, new phrase, mask\\)"),
+        ({"pairs": "red -> green @ none.png"}, "there is no file 'none.png'"),
         ({"pairs": "banana -> pear"}, "'banana', which is not in the source prompt"),
         ({"pairs": "red -> green; blue -> red", "phrase": "x"}, "phrase is for one object"),
         ({"pairs": "red -> green; blue -> red", "assemble": False}, "2 objects need assemble"),
@@ -628,3 +636,33 @@ def test_objects_of_their_own_depths_beat_one_depth_for_all():
     mine, others = judge(found.latents), [judge(x) for x in ends.values()]
     assert mine[0] > 0.5
     assert not any(fit >= mine[0] and change <= mine[1] for fit, change in others)
+
+
+# --- The embedded network -------------------------------------------------------------------------
+
+
+def rising(values):
+    """Spearman's correlation with the order given."""
+    return float(np.corrcoef(np.argsort(np.argsort(values)), np.arange(len(values)))[0, 1])
+
+
+@pytest.mark.slow
+def test_depth_trades_likeness_for_fit_on_a_real_network():
+    """Colours of the paired set: fit up, likeness down, the best depth mostly inside."""
+    network, steps = retour.load("emoji-unet"), 10
+    items = [i for i in Suite.paired() if i.kind == "change_attribute_color"][:4]
+    fits, likeness, depths = [], [], []
+    for item in items:
+        inversion = retour.invert(network, item.image, item.source, method="ddim", steps=steps)
+        mask = Image.fromarray(item.mask())
+        for target in (item.target, item.source):
+            found = retour.edit(inversion, target, editor="oir", mask=mask, unedited_first=False)
+            thing = found.record["objects"][0]["objects"][0]
+            table = [thing["scores"][str(d)] for d in range(1, steps + 1)]
+            likeness.append(rising([kept for _, kept in table]))
+            if target == item.target:
+                fits.append(rising([fit for fit, _ in table]))
+                depths.append(thing["depth"])
+    assert np.mean(fits) > 0.5
+    assert np.mean(likeness) < -0.9
+    assert np.mean([1 < depth < steps for depth in depths]) > 0.5

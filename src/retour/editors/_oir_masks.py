@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..attention.store import AttentionStore
 from ..core.model import Ledger
-from ..errors import RetourError
 from ..io import read_image, to_tensor
 from ._oir_pairs import Thing
 from ._track import watch_source
@@ -24,16 +23,9 @@ Key = tuple[str, int]
 
 
 def pixel_mask(mask: Any, size: Size) -> Tensor:
-    """Read a mask as (H, W) bool of that size: white is inside.
-
-    Raises:
-        RetourError: nothing is white.
-    """
+    """Read a mask as (H, W) bool of that size: white is inside."""
     picture = read_image(mask).convert("L").resize((size[1], size[0]), Image.Resampling.NEAREST)
-    inside = to_tensor(picture.convert("RGB"))[0] > 0
-    if not bool(inside.any()):
-        raise RetourError("the mask of a pair is black everywhere: paint its object white")
-    return inside
+    return to_tensor(picture.convert("RGB"))[0] > 0
 
 
 def resized(mask: Tensor, size: Size) -> Tensor:

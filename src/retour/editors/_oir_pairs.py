@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
+from PIL import Image
 from torch import Tensor
 
 from ..errors import RetourError
+from ..io import read_image
 from .align import differing, positions
 from .base import EditJob
 
@@ -53,13 +56,26 @@ class Pair:
 def read_pairs(given: Any) -> tuple[Pair, ...]:
     """Read `pairs`: Pair objects, tuples (source, target[, mask]), a mapping, or text.
 
-    Text is "old phrase -> new phrase @ mask.png; ...", each mask being optional.
+    Text is "old phrase -> new phrase @ mask.png; ...", each mask being optional. Masks are read.
+
+    Raises:
+        RetourError: what is none of these; a mask that cannot be read, or is black everywhere.
     """
     if isinstance(given, str):
-        parts = [part for part in given.split(";") if part.strip()]
-        return tuple(_read_text(part) for part in parts)
-    items = list(given.items()) if isinstance(given, Mapping) else list(given)
-    return tuple(item if isinstance(item, Pair) else _read_tuple(item) for item in items)
+        pairs = [_read_text(part) for part in given.split(";") if part.strip()]
+    else:
+        items = list(given.items()) if isinstance(given, Mapping) else list(given)
+        pairs = [item if isinstance(item, Pair) else _read_tuple(item) for item in items]
+    return tuple(replace(pair, mask=_read_mask(pair)) for pair in pairs)
+
+
+def _read_mask(pair: Pair) -> Image.Image | None:
+    if pair.mask is None:
+        return None
+    mask = read_image(pair.mask)
+    if numpy.asarray(mask.convert("L")).max() < 128:
+        raise RetourError(f"the mask of {str(pair)!r} is black everywhere: paint its object white")
+    return mask
 
 
 def _read_text(text: str) -> Pair:

@@ -72,7 +72,8 @@ class OIROptions:
             mask) or :class:`Pair`; None takes the phrases in which the prompts differ.
         phrase: what CLIP shall see in the mask; None takes the new phrase. For one object only.
         assemble: splice into the source and denoise together; None does so for several objects.
-        reassembly: r, as a fraction of the steps.
+        reassembly: r, as a fraction of the steps; less of it and of q where the model mixes up
+            several objects.
         reinversion: q, as a fraction of the steps.
         depth: fraction of the steps to edit from, in place of the search.
         every: try every so manyth depth, then all around the best; 1 tries all.
