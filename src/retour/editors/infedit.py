@@ -99,6 +99,7 @@ class InfEditOptions:
     nfe="4N",
     needs={"attention"},
     requires={"anchored"},
+    mate="virtual",
 )
 class InfEdit(Editor):
     """Unified attention control and blend."""

@@ -128,6 +128,7 @@ def numbers(name: str, value: float | str | None) -> list[float]:
     options=LEditsOptions,
     nfe="(2 + concepts) N",
     needs={"attention"},
+    mate="sde-dpm",
 )
 class LEdits(Editor):
     """Concepts as further branches of the target."""

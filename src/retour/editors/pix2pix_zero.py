@@ -96,6 +96,7 @@ class Pix2PixZeroOptions:
     options=Pix2PixZeroOptions,
     nfe="5N + N gradients",
     needs={"attention", "gradients"},
+    mate="pix2pix-zero",
 )
 class Pix2PixZero(Editor):
     """Cross-attention guidance."""
