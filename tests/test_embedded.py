@@ -12,7 +12,7 @@ import retour
 from declarations import denoiser, error, go, slope
 from retour.api import encode
 from retour.core.grid import Grid, lambda_grid
-from retour.core.registry import entries
+from retour.core.registry import Entry, entries
 from retour.demo import examples
 from retour.models.load import WEIGHTS
 
@@ -63,11 +63,17 @@ def test_direct_source_decodes_to_the_vae_reconstruction(name):
     assert (found - wanted).abs().max() <= 1e-5
 
 
+def costly(entry: Entry):
+    """A solver as a test's parameter, slow if it asks more than twice a step."""
+    marks = [pytest.mark.slow] if entry.facts["nfe_per_step"] > 2 else []
+    return pytest.param(entry, marks=marks, id=entry.name)
+
+
 ALGEBRAIC = [e for e in entries("solver") if e.exact and "exact_to" not in e.facts]
 ITERATING = [e for e in entries("solver") if e.exact and "exact_to" in e.facts]
 
 
-@pytest.mark.parametrize("entry", ALGEBRAIC, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [costly(e) for e in ALGEBRAIC])
 @pytest.mark.parametrize("name", MODELS)
 def test_exact_solvers_return_at_guidance_7_5(name, entry):
     """50 steps at guidance 7.5 with a float32 network and float64 state."""
