@@ -49,21 +49,13 @@ from ..core.branches import Branch, Denoiser, Layout, Wrapped
 from ..core.control import Control
 from ..core.grid import Step
 from ..core.model import Condition
-from ..core.registry import Paper, register
+from ..core.registry import register
 from ..core.state import State
 from ..errors import RetourError, check_range
+from ..inverters.pix2pix_zero import ZERO_PAPER
 from ._energy import Internals, Reads, descent, look
 from ._inject import embed
 from .base import EditJob, Editor
-
-ZERO_PAPER = Paper(
-    title="Zero-shot Image-to-Image Translation",
-    authors="Parmar, Gaurav and Singh, Krishna Kumar and Zhang, Richard and Li, Yijun and "
-    "Lu, Jingwan and Zhu, Jun-Yan",
-    year=2023,
-    arxiv="2302.03027",
-    venue="SIGGRAPH 2023",
-)
 
 TEXT = Reads(maps="text")
 

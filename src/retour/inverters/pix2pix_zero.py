@@ -51,6 +51,15 @@ from ..errors import RetourError, check_range
 from .base import Job, Replay
 from .ddim import DDIMOptions
 
+ZERO_PAPER = Paper(
+    title="Zero-shot Image-to-Image Translation",
+    authors="Parmar, Gaurav and Singh, Krishna Kumar and Zhang, Richard and Li, Yijun and "
+    "Lu, Jingwan and Zhu, Jun-Yan",
+    year=2023,
+    arxiv="2302.03027",
+    venue="SIGGRAPH 2023",
+)
+
 ROUNDS = 5
 STEPS = 5
 LEAST_EDGE = 8
@@ -78,14 +87,7 @@ class Pix2PixZeroOptions(DDIMOptions):
     "pix2pix-zero",
     task="invert",
     summary="DDIM with its predicted noise regularised to look like noise",
-    paper=Paper(
-        title="Zero-shot Image-to-Image Translation",
-        authors="Parmar, Gaurav and Singh, Krishna Kumar and Zhang, Richard and Li, Yijun and "
-        "Lu, Jingwan and Zhu, Jun-Yan",
-        year=2023,
-        arxiv="2302.03027",
-        venue="SIGGRAPH 2023",
-    ),
+    paper=ZERO_PAPER,
     options=Pix2PixZeroOptions,
     order=1,
     nfe="N",
