@@ -113,8 +113,8 @@ class Weighted(Difference):
         strength = sources.new_full((images, 1, 1, 1), self.options.transport)
         if count == 1 or not self.options.adaptive:
             return strength
-        flat = (x.flatten(2).transpose(0, 1) for x in (sources, targets))
-        plan = transport_plan(torch.cdist(*flat).square(), self.options.reg)
+        left, right = (x.flatten(2).transpose(0, 1) for x in (sources, targets))
+        plan = transport_plan(torch.cdist(left, right).square(), self.options.reg)
         entropy = torch.special.entr(plan).sum((1, 2)).reshape(-1, 1, 1, 1)
         return strength * (1 - u) * torch.exp(-entropy / 2)
 
