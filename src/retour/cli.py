@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 DEFAULT_MODEL = "emoji-unet"
+FLOW_MODEL = "emoji-mmdit"
 INVERSION_SUFFIX = ".safetensors"
 
 ImageArg = Annotated[
@@ -39,6 +40,10 @@ SourceOpt = Annotated[
 ModelOpt = Annotated[
     str | None,
     typer.Option("--model", help="Embedded name, folder or hub id.", show_default=DEFAULT_MODEL),
+]
+FlowModelOpt = Annotated[
+    str | None,
+    typer.Option("--model", help="Embedded name, folder or hub id.", show_default=FLOW_MODEL),
 ]
 InverterOpt = Annotated[str, typer.Option("--inverter", help="See `retour methods --task invert`.")]
 MateOpt = Annotated[
@@ -64,7 +69,9 @@ EditOptions = Annotated[
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 KeepOpt = Annotated[bool, typer.Option("--keep-size", help="Write at the input's own size.")]
-TaskOpt = Annotated[str | None, typer.Option("--task", help="solver, invert, edit or attack.")]
+TaskOpt = Annotated[
+    str | None, typer.Option("--task", help="solver, invert, edit, restore or attack.")
+]
 AttackOptions = Annotated[
     list[str] | None, typer.Option("-A", metavar="KEY=VALUE", help="Option of the attack.")
 ]
@@ -360,6 +367,141 @@ def _verdicts(record: dict[str, Any]) -> Iterator[str]:
         f"latents moved by {found['latent_change']:.3g} at most; PSNR {far['psnr']:.1f} dB, "
         f"image cosine {far['clip_image']:.3f}"
     )
+
+
+@app.command()
+def restore(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A degraded picture.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The restored picture.")],
+    task: Annotated[
+        str, typer.Option("--task", help="inpaint, sr, deblur, motion, colour or identity (noise).")
+    ],
+    mask: Annotated[Path | None, typer.Option(help="inpaint: white where it is missing.")] = None,
+    scale: Annotated[
+        int | None, typer.Option("--scale", help="sr: how much larger.", show_default="4")
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="What it shows, if known.")] = "",
+    method: Annotated[
+        str, typer.Option("--method", help="See `retour methods --task restore`.")
+    ] = "flowchef",
+    project: Annotated[
+        bool, typer.Option("--project", help="At last put what was measured back.")
+    ] = False,
+    model: FlowModelOpt = None,
+    steps: StepsOpt = None,
+    guidance: Annotated[float, typer.Option("--guidance", help="Guidance scale.")] = 1.0,
+    negative: NegativeOpt = "",
+    seed: SeedOpt = 0,
+    keep_size: KeepOpt = False,
+    operator_options: Annotated[
+        list[str] | None,
+        typer.Option("-O", metavar="KEY=VALUE", help="What happened: sigma=2, angle=45, ..."),
+    ] = None,
+    restore_options: Annotated[
+        list[str] | None, typer.Option("-R", metavar="KEY=VALUE", help="Option of the method.")
+    ] = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Restore a picture that was masked, shrunk, blurred or lost its colours."""
+    check_writable(out, WRITABLE)
+    _check_method("restore", method, restore_options)
+    from .restorers.operators import Inpaint, make_operator, operator_class
+    from .restorers.run import restore as run_restore
+
+    given = _pairs(operator_options) | ({} if scale is None else {"scale": scale})
+    masked = operator_class(task) is Inpaint
+    operator = task if masked and not given else make_operator(task, **given)
+    picture = read_picture(image)
+    if mask is not None:
+        read_picture(mask)
+    result = run_restore(
+        _load(FLOW_MODEL if model is None else model, device, dtype),
+        picture.image,
+        operator,
+        prompt=prompt,
+        method=method,
+        mask=mask,
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
+        seed=seed,
+        project=project,
+        **_pairs(restore_options),
+    )
+    result.save(out, keep_size=keep_size)
+    _report(result.record, [out], as_json)
+
+
+@app.command()
+def drag(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The dragged picture.")],
+    handle: Annotated[list[str], typer.Option("--from", metavar="X,Y", help="Pixel; repeatable.")],
+    goal: Annotated[
+        list[str], typer.Option("--to", metavar="X,Y", help="Where it goes; one for each --from.")
+    ],
+    scale: Annotated[
+        list[str] | None,
+        typer.Option("--scale", metavar="S", help="mode move: magnify; one for each --from."),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option("--mode", help="drag (elastic), or move what the mask shows.")
+    ] = "drag",
+    mask: Annotated[
+        Path | None, typer.Option(help="White where it may change; with move, what moves.")
+    ] = None,
+    source: SourceOpt = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What it shall show.", show_default="the same")
+    ] = None,
+    editor: EditorOpt = "lazydrag",
+    inverter: MateOpt = None,
+    model: FlowModelOpt = None,
+    steps: StepsOpt = None,
+    guidance: Annotated[float, typer.Option("--guidance", help="Guidance scale.")] = 1.0,
+    seed: SeedOpt = 0,
+    keep_size: KeepOpt = False,
+    invert_options: InvertOptions = None,
+    edit_options: EditOptions = None,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Drag points of a picture to where they shall be."""
+    check_writable(out, WRITABLE)
+    _check_source(source)
+    from .dragging import drag as run_drag
+    from .dragging import pair_points
+
+    drags = pair_points(handle, goal, scale or ())
+    _check_method("edit", editor, edit_options)
+    if inverter is not None:
+        _check_method("invert", inverter, invert_options)
+    picture = read_picture(image)
+    if mask is not None:
+        read_picture(mask)
+    result = run_drag(
+        _load(FLOW_MODEL if model is None else model, device, dtype),
+        picture.image,
+        drags,
+        prompt=source,
+        target=prompt,
+        mask=mask,
+        mode=mode,
+        editor=editor,
+        inverter=inverter,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        inverter_options=_pairs(invert_options),
+        **_pairs(edit_options),
+    )
+    if source is None:
+        _say(f"source prompt (guessed): {result.inversion.prompts[0]!r}")
+    result.save(out, keep_size=keep_size)
+    _report(result.record, [out], as_json)
 
 
 @app.command()

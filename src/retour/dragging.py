@@ -26,7 +26,7 @@ def drag(
     prompt: str | None = None,
     target: str | None = None,
     mask: Any = None,
-    mode: Mode = "drag",
+    mode: Mode | str = "drag",
     editor: str = "lazydrag",
     inverter: str | None = None,
     steps: int | None = None,
@@ -73,6 +73,7 @@ def drag(
     for given in rounds:
         get("edit", editor).make(**settings, drags=given)
     name = api.usual_inverter(editor, model) if inverter is None else inverter
+    api.refuse_impossible(model, get("invert", name), get("edit", editor))
     picture, area, records = read_image(image), masks[0], []
     if mode == "move" and area is None:
         raise RetourError("mode 'move' moves what the mask shows: give a mask (--mask)")
@@ -102,12 +103,28 @@ def read_rounds(drags: str | Drag | Round | Sequence[Round]) -> list[tuple[Drag,
         return [(drags,)]
     if isinstance(drags, str):
         return [_some(parse_drags(drags))]
-    given = list(drags)
+    given: list[Any] = list(drags)
     if given and all(isinstance(d, Drag) for d in given):
         return [tuple(given)]
     if not given or any(isinstance(d, Drag) for d in given):
         raise RetourError(f"drags are a list of drags, or one list for each round, got {drags!r}")
     return [read_rounds(part)[0] for part in given]
+
+
+def pair_points(
+    handles: Sequence[str], goals: Sequence[str], scales: Sequence[str] = ()
+) -> tuple[Drag, ...]:
+    """Make drags of handles "x,y", as many goals, and scales: none, one for all, or one each."""
+    if len(handles) != len(goals):
+        raise RetourError(
+            f"{len(handles)} handles (--from) and {len(goals)} goals (--to): give one for each"
+        )
+    if len(scales) not in (0, 1, len(handles)):
+        raise RetourError(f"{len(scales)} scales for {len(handles)} drags: give one, or one each")
+    ends = [f"*{s}" for s in scales] * (len(handles) if len(scales) == 1 else 1)
+    tails = ends if ends else [""] * len(handles)
+    parts = zip(handles, goals, tails, strict=True)
+    return _some(parse_drags(";".join(f"{a}>{b}{c}" for a, b, c in parts)))
 
 
 def _some(drags: tuple[Drag, ...]) -> tuple[Drag, ...]:

@@ -192,13 +192,17 @@ def get(task: str, name: str) -> Entry:
 
 def build_options(entry: Entry, given: Mapping[str, Any]) -> Any:
     """Make the entry's options from plain values; strings are parsed by declared type."""
-    hints = typing.get_type_hints(entry.options)
-    names = [f.name for f in dataclasses.fields(entry.options)]
-    for name in given:
-        if name not in names:
-            raise unknown(f"option of {entry.name!r}", name, names)
-    values = {k: _parse(entry.name, k, v, hints[k]) for k, v in given.items()}
-    return entry.options(**values)
+    return parse_fields(entry.name, entry.options, given)
+
+
+def parse_fields(name: str, cls: type, given: Mapping[str, Any]) -> Any:
+    """Make a dataclass called `name` from plain values; strings are parsed by declared type."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for field_ in given:
+        if field_ not in names:
+            raise unknown(f"option of {name!r}", field_, names)
+    return cls(**{k: _parse(name, k, v, hints[k]) for k, v in given.items()})
 
 
 def _parse(method: str, name: str, value: Any, hint: Any) -> Any:

@@ -28,13 +28,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import RetourError
+from ..core.registry import parse_fields
+from ..errors import RetourError, unknown
 
 Boundary = Literal["reflect", "zero", "circular"]
 LUMA = (0.299, 0.587, 0.114)
@@ -54,6 +55,22 @@ def operator(name: str) -> Callable[[C], C]:
         return cls
 
     return add
+
+
+def make_operator(name: str, **options: Any) -> Operator:
+    """Make an operator by name; strings are parsed. `inpaint` takes its mask: make it yourself."""
+    cls = operator_class(name)
+    if cls is Inpaint:
+        raise RetourError("'inpaint' is made of a mask of known pixels and takes no options")
+    found: Operator = parse_fields(name, cls, options)
+    return found
+
+
+def operator_class(name: str) -> type[Operator]:
+    """The operator of a task; an unknown name is refused with the nearest ones."""
+    if name not in OPERATORS:
+        raise unknown("operator", name, OPERATORS)
+    return OPERATORS[name]
 
 
 class Operator(ABC):
@@ -123,6 +140,7 @@ class Operator(ABC):
 
 
 @operator("identity")
+@dataclass(frozen=True)
 class Identity(Operator):
     """Nothing but noise: denoising."""
 
@@ -325,6 +343,7 @@ class MotionBlur(Convolution):
 
 
 @operator("colour")
+@dataclass(frozen=True)
 class Grey(Operator):
     """Colour is lost: the luma of ITU-R BT.601 is measured."""
 

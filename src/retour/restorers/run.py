@@ -21,12 +21,12 @@ from ..core.model import Ledger, Model
 from ..core.path import levels
 from ..core.registry import get
 from ..core.solver import Solver
-from ..errors import RetourError, check_finite, check_range, unknown
+from ..errors import RetourError, check_finite, check_range
 from ..io import Placement, canvas_size, read_image, to_image, to_tensor
 from ..pictures import Pictures
 from ..record import describe_run
 from .base import RestoreJob
-from .operators import OPERATORS, Inpaint, Operator
+from .operators import Inpaint, Operator, operator_class
 from .steering import Cost, Steer
 
 PINV_CUTOFF = 0.05
@@ -246,7 +246,7 @@ def _observe(
     if not sources:
         raise RetourError("there is no image to restore: pass at least one")
     pictures = [read_image(source) for source in sources]
-    scale = operator.scale if isinstance(operator, Operator) else _class(operator).scale
+    scale = operator.scale if isinstance(operator, Operator) else operator_class(operator).scale
     large = [(picture.width * scale, picture.height * scale) for picture in pictures]
     multiple = math.lcm(model.multiple, scale)
     canvases = {canvas_size(size, max(model.native, multiple), multiple) for size in large}
@@ -265,18 +265,12 @@ def _observe(
     return chosen, chosen.observe(pixels), placements
 
 
-def _class(name: str) -> type[Operator]:
-    if name not in OPERATORS:
-        raise unknown("operator", name, OPERATORS)
-    return OPERATORS[name]
-
-
 def _operator(operator: Operator | str, mask: Any, canvas: tuple[int, int] | None) -> Operator:
     if isinstance(operator, Operator):
         if mask is not None:
             raise RetourError("an operator knows its own mask: leave mask out, or name 'inpaint'")
         return operator
-    cls = _class(operator)
+    cls = operator_class(operator)
     if cls is not Inpaint:
         if mask is not None:
             raise RetourError(f"only 'inpaint' takes a mask, not {operator!r}: leave it out")
