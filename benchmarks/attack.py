@@ -50,7 +50,12 @@ from retour.privacy.run import Attack
 from retour.record import versions
 
 FULL, EMPTY, DDIM = "SCA", "SCA, no caption", "DDIM"
-VARIANTS: dict[str, dict[str, Any]] = {FULL: {}, EMPTY: {"prompt": ""}, DDIM: {"inverter": "ddim"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    FULL: {},
+    # Where both halves of the guidance are the empty prompt, its scale only changes the cost.
+    EMPTY: {"prompt": "", "guidance": 1.0},
+    DDIM: {"inverter": "ddim"},
+}
 TURNS = (0, 1, 2, 5, 10)
 MEASURES = {
     "success": "errs",

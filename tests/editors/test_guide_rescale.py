@@ -17,17 +17,14 @@ from retour.core.grid import Grid, Step
 from retour.core.guidance import Interval
 from retour.core.loop import walk
 from retour.core.model import Condition
-from retour.core.path import Prediction
+from retour.core.path import Prediction, predict
 from retour.core.state import Inversion, State
 from retour.demo import examples
+from retour.editors import _balance
+from retour.editors._balance import rescaled
 from retour.editors._energy import descent, distance
 from retour.editors.base import EditJob
-from retour.editors.guide_rescale import (
-    Energy,
-    GuideRescale,
-    GuideRescaleOptions,
-    rescaled,
-)
+from retour.editors.guide_rescale import Energy, GuideRescale, GuideRescaleOptions
 from retour.editors.reprompt import Reprompt
 from retour.errors import RetourError
 
@@ -78,7 +75,7 @@ class Watch:
             return found
 
         monkeypatch.setattr(method, "descent", energies)
-        monkeypatch.setattr(method, "rescaled", balances)
+        monkeypatch.setattr(_balance, "rescaled", balances)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -165,7 +162,7 @@ def test_a_step_with_the_gradient_goes_down_the_energy(family, inv, preset):
     zero = torch.zeros_like(x)
     alpha, sigma = (float(level(step.t)) for level in (m.path.alpha, m.path.sigma))
     kind = "velocity" if family == "sd3" else "eps"
-    moved = method.predict(kind, small, zero, torch.tensor(alpha), torch.tensor(sigma))
+    moved = predict(kind, small, zero, torch.tensor(alpha), torch.tensor(sigma))
 
     class Change:
         def __call__(self, x, t):
@@ -317,8 +314,10 @@ def test_a_guidance_at_rest_is_not_pushed(family, inv, plain):
 
 def test_pure_noise_says_all_about_its_noise(family, inv, plain, monkeypatch):
     """At alpha = 0 a network's noise has nothing to change; a flow's velocity has."""
-    real = method.levels
-    monkeypatch.setattr(method, "levels", lambda p, t, x: (0 * real(p, t, x)[0], real(p, t, x)[1]))
+    real = _balance.levels
+    monkeypatch.setattr(
+        _balance, "levels", lambda p, t, x: (0 * real(p, t, x)[0], real(p, t, x)[1])
+    )
     found = edit(family, guide(), inv, TARGET)["target"]
     assert torch.isfinite(found).all()
     assert torch.equal(found, plain) is (family != "sd3")

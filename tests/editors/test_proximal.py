@@ -146,7 +146,7 @@ def test_identical_prompts_return_the_image(family):
 
 @pytest.mark.parametrize("family", ["sd1", "sd3"])
 def test_unedited_places_return_exactly(family):
-    inversion, found = edited(family, dilation=0, quantile=0.9)
+    inversion, found = edited(family, dilation=0, quantile=0.9, edited="step")
     moved = (found["target"] != inversion.latents).double().mean()
     assert 0.05 < moved <= 0.1 + 1 / 256
     assert torch.equal(found["source"], inversion.latents)
@@ -160,10 +160,18 @@ def test_dilation_widens_the_edit():
     assert shares == sorted(shares) and shares[0] < shares[1] < shares[2]
 
 
+def test_what_was_edited_in_any_step_stays_so():
+    shares = {}
+    for kind in ("step", "run"):
+        inversion, found = edited(dilation=0, quantile=0.9, edited=kind)
+        shares[kind] = float((found["target"] != inversion.latents).double().mean())
+    assert 0.1 < shares["run"] < 1 and shares["step"] < shares["run"] <= 0.5 + 5 / 256
+
+
 def test_part_of_the_pull_goes_part_of_the_way():
     ends = []
     for pull in (0.0, 0.5, 1.0):
-        inversion, found = edited(pull=pull, pull_last=0.2)  # the last step alone
+        inversion, found = edited(pull=pull, pull_last=0.2, quantile=0.9)  # the last step alone
         ends.append(found["target"] - inversion.latents)
     # Where everything returns at 1, half of the gap is left at 0.5.
     back = ends[2] == 0

@@ -12,6 +12,7 @@ import retour
 import tiny
 from editors import runs
 from retour.attention.hooks import AttentionCall
+from retour.captions import captioner
 from retour.core.branches import Branch, Denoiser, Layout, Row, Rows
 from retour.core.grid import Step
 from retour.core.loop import walk
@@ -30,6 +31,8 @@ from retour.editors.rival import (
     fraction,
     shuffled,
 )
+from retour.evaluate.suite import Suite
+from retour.io import to_tensor
 
 SOURCE, TARGET = "a red apple on a blue background", "a green pear on a blue background"
 STEPS = 6
@@ -365,3 +368,25 @@ def test_latents_can_be_aligned_instead():
 def test_bad_options(options, says):
     with pytest.raises(retour.RetourError, match=says):
         rival(**options)
+
+
+@pytest.mark.slow
+def test_lower_thresholds_bring_variations_nearer_on_a_real_network():
+    """CLIP's distance to the exemplar falls; variations stay different from each other."""
+    network = retour.load("emoji-unet")
+    kinds = ("change_object", "change_attribute_color", "change_background")
+    items = list({i.source: i for i in Suite.paired() if i.kind in kinds}.values())[:16]
+    exemplars, prompts = [i.image for i in items], [i.source for i in items]
+    inversion = retour.invert(network, exemplars, prompts, method="ddim", steps=8)
+    # Without the exemplar, the defaults, and nearer.
+    settings = [{"t_free": 0.0, "t_early": 1.0}, {}, {"t_align": 0.2, "t_early": 0.2}]
+    feature, drawn = [], []
+    for options in settings:
+        made = retour.edit(inversion, prompts, editor="rival", **options).images
+        seen = captioner().embed_images(made) * captioner().embed_images(exemplars)
+        feature.append(1 - float(seen.sum(1).mean()))
+        drawn.append(torch.stack([to_tensor(p) for p in made]))
+    assert feature == sorted(feature, reverse=True), feature
+    other = retour.edit(inversion, prompts, editor="rival", seed=100).images
+    other = torch.stack([to_tensor(p) for p in other])
+    assert (drawn[1] - other).square().mean() > 1e-2

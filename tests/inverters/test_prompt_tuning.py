@@ -9,6 +9,7 @@ import retour
 from editors.runs import model
 from inverters.pivots import FREE, PROMPTS, STEPS, TARGET, close, distance, invert, job
 from retour import api
+from retour.demo import examples
 from retour.errors import RetourError
 from retour.inverters._pivotal import Plan, Tuning
 from retour.inverters.prompt_tuning import mixed
@@ -119,6 +120,7 @@ def test_a_batch_with_a_target_for_each_image_is_a_loop(tmp_path):
 
 
 def test_weights_get_no_gradients():
+    model("sd3").net.zero_grad()  # Other tests share it.
     invert("prompt-tuning", "sd3", **SHORT)
     assert all(p.grad is None for p in model("sd3").net.parameters())
 
@@ -127,3 +129,28 @@ def test_weights_get_no_gradients():
 def test_settings_out_of_range_are_refused(option, value):
     with pytest.raises(RetourError, match=f"{option} is {value}: choose a number"):
         invert("prompt-tuning", **{option: value})
+
+
+@pytest.mark.slow
+def test_a_trained_network_returns_to_the_image_and_leaves_it_by_and_by():
+    """A tenth of the error without learning; with eta away from the source, towards the sample."""
+    pictures = list(examples()[0].values())[:4]
+    images, prompts = ([picture[k] for picture in pictures] for k in (0, 1))
+    targets = [f"{prompt.rpartition(' on a')[0]} on a yellow background" for prompt in prompts]
+    inversion = retour.invert(
+        retour.load("emoji-unet"), images, prompts, method="prompt-tuning", steps=25, guidance=5.0
+    )
+    tuned, plain = inversion.extras["losses"][0, :, -1], inversion.with_options(eta=1.0)
+    idle = retour.invert(
+        inversion.model, images, prompts, method="prompt-tuning", steps=25, guidance=5.0,
+        inner_steps=0,
+    )  # fmt: skip
+    assert float(tuned.mean()) < 0.1 * gap(idle)
+    sample = retour.edit(plain, targets, editor="reprompt").latents
+    edits = [
+        retour.edit(inversion.with_options(eta=eta), targets, editor="reprompt").latents
+        for eta in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
+    away = [distance(edit, inversion.latents) for edit in edits]
+    near = [distance(edit, sample) for edit in edits]
+    assert away == sorted(away) and near == sorted(near, reverse=True)

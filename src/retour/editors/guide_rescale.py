@@ -51,24 +51,23 @@ Image Editing", ECCV 2024, arXiv 2409.01322.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..core.branches import Branch, Denoiser, Layout, Wrapped
 from ..core.control import Control
 from ..core.grid import Step
 from ..core.guidance import Guidance
-from ..core.path import Prediction, express, levels, predict
 from ..core.registry import Paper, register
 from ..errors import RetourError, check_range
+from ._balance import Halves, Pulled
 from ._energy import Internals, Reads, descent, distance, look
 from ._inject import decoder_site, part_of
 from .base import EditJob, Editor
 
 PLACES = 64 * 64  # of the latents that the published scales are for
-ZERO = 1e-8
 
 
 @dataclass(frozen=True)
@@ -239,23 +238,17 @@ class Energy:
             features, wanted_features, self.power
         )
 
-
-class _Halves:
-    """A guidance that remembers what it was given and made of it, call by call."""
-
-    def __init__(self, inner: Guidance):
-        self.inner = inner
-        self.seen: list[tuple[Prediction, Prediction]] = []
-
-    def active(self, t: float) -> bool:
-        """As the one it wraps."""
-        return self.inner.active(t)
-
-    def __call__(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
-        """As the one it wraps."""
-        guided = self.inner(cond, uncond, scale)
-        self.seen.append((uncond, guided))
-        return guided
+    def slope(
+        self,
+        step: Step,
+        denoise: Denoiser | Wrapped,
+        targets: list[Branch],
+        x: Tensor,
+        t: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Energy of each row, and its gradient."""
+        reference = self.reference(denoise, step, t)
+        return descent(lambda leaf: self(denoise, targets, reference, leaf, t), x)
 
 
 class _Guide(Control):
@@ -264,11 +257,11 @@ class _Guide(Control):
     def __init__(self, job: EditJob, options: GuideRescaleOptions):
         self.numbers, self.energy = options.numbers(), Energy(job, options)
         self.until = part_of(self.numbers.until, job.grid.steps)
-        self.halves: _Halves | None = None
+        self.halves: Halves | None = None
 
     def guidance(self, step: Step, rule: Guidance) -> Guidance:
         """The step's rule, watched while energies guide."""
-        self.halves = _Halves(rule) if step.down and step.position < self.until else None
+        self.halves = Halves(rule) if step.down and step.position < self.until else None
         return rule if self.halves is None else self.halves
 
     def denoiser(
@@ -277,66 +270,5 @@ class _Guide(Control):
         """Predictions with the energies' gradient."""
         if self.halves is None:
             return denoise
-        return _Guided(denoise, step, layout, self.halves, self.energy, self.numbers)
-
-
-class _Guided(Wrapped):
-    """A denoiser whose targets go down the energy."""
-
-    def __init__(
-        self,
-        inner: Denoiser | Wrapped,
-        step: Step,
-        layout: Layout,
-        halves: _Halves,
-        energy: Energy,
-        numbers: Preset,
-    ):
-        super().__init__(inner, self.lowered)
-        self.step, self.layout, self.halves = step, layout, halves
-        self.energy, self.numbers = energy, numbers
-
-    def lowered(self, prediction: Prediction, x: Tensor, t: float) -> Prediction:
-        """The prediction with `gamma n` in its targets."""
-        guided = [b.name for b in self.branches if b.guided]
-        pairs = dict(zip(guided, self.halves.seen[-len(guided) :], strict=False))
-        self.halves.seen.clear()
-        targets = [b for b in self.branches if b.name in self.layout.targets() and b.name in pairs]
-        kind = "velocity" if self.kind == "velocity" else "eps"
-        alpha, sigma = levels(self.model.path, t, x)
-        if not targets or (kind == "eps" and float(alpha) == 0):
-            return prediction
-        rows = torch.cat([x[self.layout[b.name]] for b in targets])
-        slope = self._slope(targets, rows, t)
-        push = torch.cat(
-            [
-                express(kind, guided, alpha, sigma) - express(kind, uncond, alpha, sigma)
-                for uncond, guided in (pairs[b.name] for b in targets)
-            ]
-        )
-        change = rescaled(slope, push, self.numbers.low, self.numbers.high)
-        whole = torch.zeros_like(x)
-        for branch, part in zip(targets, change.chunk(len(targets)), strict=True):
-            whole[self.layout[branch.name]] = part
-        # What a change of the output changes in both faces, x being what it is.
-        moved = predict(kind, whole, torch.zeros_like(x), alpha, sigma)
-        return Prediction(prediction.x0 + moved.x0, prediction.eps + moved.eps)
-
-    def _slope(self, targets: list[Branch], x: Tensor, t: float) -> Tensor:
-        """Gradient of the energy by each row; 0 where the energy is numerically 0."""
-        reference = self.energy.reference(self.inner, self.step, t)
-        values, slope = descent(
-            lambda leaf: self.energy(self.inner, targets, reference, leaf, t), x
-        )
-        return torch.where((values > ZERO)[:, None, None, None], slope, torch.zeros_like(slope))
-
-
-def rescaled(slope: Tensor, push: Tensor, low: float, high: float) -> Tensor:
-    """Scale each row's `slope` so that its norm over that of `push` lies in [low, high].
-
-    A slope of 0 stays 0; where the push is 0 the ratio counts as 1.
-    """
-    size, other = (v.flatten(1).norm(dim=1) for v in (slope, push))
-    ratio = torch.where(other > 0, size / other.where(other > 0, 1.0), 1.0)
-    gamma = torch.where(size > 0, ratio.clamp(low, high) / ratio.where(size > 0, 1.0), 1.0)
-    return gamma[:, None, None, None] * slope
+        slope, numbers = partial(self.energy.slope, step), self.numbers
+        return Pulled(denoise, self.halves, layout, slope, numbers.low, numbers.high)

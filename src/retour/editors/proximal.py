@@ -17,6 +17,12 @@ and two changes, which SPDInv and DCI edit with as well. With :math:`\delta = \e
 M is one mask for each latent channel. The source has nothing to edit: its M is empty, and since its
 two halves are one it is carried without an unconditional row.
 
+Where we deviate: the published M is that of the step alone (``edited="step"``). Late steps find
+little left to change in places that earlier ones have edited, and pulling those back, channel by
+channel, punches holes of wrong colour into what was edited. That is plain to see where the edited
+thing covers more of the picture than the part 1 - q that a step may edit, as on small pictures of
+one object. So M holds here what was edited in any step so far (``edited="run"``).
+
 Thresholds are quantiles, so both act alike on noise, velocity and clean faces (here on the
 velocity, which is finite everywhere); each image of each branch has its own. Differences of the
 size of rounding count as none.
@@ -127,6 +133,7 @@ class InversionGuidance(Control):
         pull: part of the way to the trajectory, 1 being all of it.
         last: fraction of the steps, at the clean end, after which latents are pulled.
         dilation: radius by which edited places are dilated, in latent cells.
+        remember: whether what was edited in an earlier step stays so.
         negative: whether the source prompt replaces the inversion's own negative prompt.
     """
 
@@ -138,10 +145,11 @@ class InversionGuidance(Control):
         pull: float = 1.0,
         last: float = 0.4,
         dilation: int = 1,
+        remember: bool = True,
         negative: bool = True,
     ):
         self.inversion, self.rule, self.negative = inversion, rule, negative
-        self.pull, self.last, self.dilation = pull, last, dilation
+        self.pull, self.last, self.dilation, self.remember = pull, last, dilation, remember
         self._seen: list[Tensor] = []
         self._edited: dict[str, Tensor] = {}
         self._unedited: set[str] = {"source"}
@@ -171,11 +179,11 @@ class InversionGuidance(Control):
     ) -> Denoiser | Wrapped:
         """Keep what the rule saw in the solver's own evaluations, branch by branch."""
         guided = [branch.name for branch in denoise.branches if branch.guided]
-        self._edited = {}
+        earlier = self._edited if self.remember and step.position > 0 else {}
 
         def keep(prediction: Prediction, x: Tensor, t: float) -> Prediction:
-            found = self._seen[len(self._seen) - len(guided) :]
-            self._edited = dict(zip(guided, found, strict=False))
+            found = dict(zip(guided, self._seen[len(self._seen) - len(guided) :], strict=False))
+            self._edited = {n: m | earlier[n] if n in earlier else m for n, m in found.items()}
             self._seen.clear()
             return prediction
 
@@ -226,6 +234,7 @@ class ProximalOptions(P2POptions):
         pull: part of the way to the inverted trajectory that unedited places are pulled; 0: none.
         pull_last: fraction of the steps, at the clean end, in which they are.
         dilation: radius by which edited places are dilated, in latent cells.
+        edited: places count as edited if they are in this step (`step`) or were in any (`run`).
         negative: the negative prompt: the source prompt, or what the inversion brings.
     """
 
@@ -236,6 +245,7 @@ class ProximalOptions(P2POptions):
     pull: float = 1.0
     pull_last: float = 0.4
     dilation: int = 1
+    edited: Literal["run", "step"] = "run"
     negative: Literal["source", "inversion"] = "source"
 
     def __post_init__(self) -> None:
@@ -281,6 +291,7 @@ class ProximalEditor(PromptToPrompt):
             pull=options.pull,
             last=options.pull_last,
             dilation=options.dilation,
+            remember=options.edited == "run",
             negative=options.negative == "source",
         )
         return Chain([guide, super().control(job)])
