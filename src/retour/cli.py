@@ -358,8 +358,9 @@ def _verdicts(record: dict[str, Any]) -> Iterator[str]:
     said = found["predictions"]
     for name in (record["classifier"], *record["victims"]):
         before, after = said["input"][name], said["adversarial"][name]
+        verdict = "holds" if after["label"] == record["labels"][0] else "errs"
         yield (
-            f"{name}: {before['label']} ({before['confidence']:.2f}) -> "
+            f"{name} {verdict}: {before['label']} ({before['confidence']:.2f}) -> "
             f"{after['label']} ({after['confidence']:.2f})"
         )
     far = found["distances"]["adversarial"]

@@ -208,6 +208,14 @@ def test_float16_networks_are_refused():
         tuning("cond", job(model=half_precision))
 
 
+def test_inference_mode_is_refused_and_no_grad_is_not():
+    with torch.inference_mode(), pytest.raises(RetourError, match="use torch.no_grad, or none"):
+        tuning("cond", job())
+    with torch.no_grad():
+        t = tuning("uncond")
+        assert not torch.equal(t.each_step().embeds[0], t.start)
+
+
 def test_embeddings_of_a_half_precision_encoder_are_learned_in_float32():
     work = job()
     work.negative = work.negative.with_tensors(embeds=work.negative.tensors["embeds"].bfloat16())

@@ -81,7 +81,7 @@ def test_evaluations_are_those_of_inversion_search_and_the_last_way_back():
 
 def test_one_label_each_and_one_for_all():
     result = attack(label=["red", 0])
-    assert result.record["labels"] == ["red", "0"]
+    assert result.record["labels"] == ["red", "red"]
     assert len(attack(label="red").success) == 2
 
 
@@ -206,7 +206,10 @@ def test_the_command_says_who_errs(image, folder, tmp_path, capsys):
     options = ("--classifier", "emoji-vit", "--victim", "emoji-cnn", "--keep-size")
     assert run(image, folder, tmp_path / "out.png", *options) == 0
     said = capsys.readouterr().out
-    assert said.index("emoji-vit: ") < said.index("emoji-cnn: ") and "PSNR" in said
+    lines = said.splitlines()
+    assert lines[1].startswith("emoji-vit ") and lines[2].startswith("emoji-cnn ")
+    assert all(line.split()[1] in ("holds:", "errs:") for line in lines[1:3])
+    assert "latents moved by" in lines[3] and "PSNR" in lines[3]
     assert Image.open(tmp_path / "out.png").size == (48, 32)
 
 

@@ -112,15 +112,16 @@ class Tuning:
         plan: how.
 
     Raises:
-        RetourError: the network computes in float16.
+        RetourError: the network cannot be differentiated, see :func:`check_differentiable`.
     """
 
     def __init__(self, job: Job, grid: Grid, pivot: Tensor, half: Half, plan: Plan):
-        refuse_float16(job.model)
+        check_differentiable(job.model)
         self.job, self.grid, self.pivot, self.plan = job, grid, pivot, plan
         self.half = half
-        swap = half == "uncond"
-        self.free, self.fixed = (job.condition, job.negative)[:: -1 if swap else 1]
+        self.free, self.fixed = job.condition, job.negative
+        if half == "uncond":
+            self.free, self.fixed = self.fixed, self.free
         start = self.free.tensors["embeds"].detach()
         self.start = start.to(torch.promote_types(start.dtype, torch.float32))
         self.rule = job.denoiser(job.guidance).guidance
@@ -243,23 +244,32 @@ class Interval:
 
     def record(self, history: Sequence[Sequence[float]], arrived: Tensor) -> Tensor:
         """(B, n + 1) losses, the last one being that of `arrived`, padded with NaN."""
-        table = torch.full((len(history), self.tuning.plan.inner + 1), torch.nan).double()
+        size = (len(history), self.tuning.plan.inner + 1)
+        table = torch.full(size, torch.nan, dtype=torch.float64)
         last = self.losses(arrived, range(len(arrived))).tolist()
         for row, losses in enumerate(history):
-            table[row, : len(losses) + 1] = torch.tensor([*losses, last[row]])
+            table[row, : len(losses) + 1] = table.new_tensor([*losses, last[row]])
         return table
 
 
-def refuse_float16(model: Model) -> None:
-    """Refuse to differentiate a network that computes in float16."""
+def check_differentiable(model: Model) -> None:
+    """Refuse to learn an embedding where gradients vanish or cannot be had.
+
+    Raises:
+        RetourError: the network computes in float16, or the caller forbids gradients for good.
+    """
     if getattr(model, "dtype", None) == torch.float16:
         raise RetourError(
             f"model {model.name!r} computes in float16, in which the gradients of an embedding "
             "vanish: load it with dtype='float32'"
         )
+    if torch.is_inference_mode_enabled():
+        raise RetourError(
+            "an embedding cannot be learned under torch.inference_mode: use torch.no_grad, or none"
+        )
 
 
-class Followed(Control):
+class PerStep(Control):
     """Base of the ways back of learned embeddings: says when the guidance is not theirs."""
 
     def __init__(self, inversion: Inversion):

@@ -40,7 +40,7 @@ from ..core.grid import Step
 from ..core.registry import Paper, get, register
 from ..core.solver import Solver
 from ..core.state import Inversion
-from ._pivotal import Followed, Plan, Tuning, refuse_float16
+from ._pivotal import PerStep, Plan, Tuning, check_differentiable
 from .base import Job, Replay
 from .ddim import DDIMOptions
 
@@ -97,7 +97,7 @@ class NullTextInversion:
 
     def invert(self, job: Job) -> Inversion:
         """Walk up at guidance 1, then learn on the way down."""
-        refuse_float16(job.model)
+        check_differentiable(job.model)
         options, grid = self.options, job.grid.truncate(self.options.strength)
         scale, told = options.inversion_guidance, options.inversion_embedded
         states = job.climb(self.solver(), grid, scale, told=told)
@@ -111,7 +111,7 @@ class NullTextInversion:
         return Replay(self.solver(), inversion.end(), _Nulls(inversion, self.options.variant))
 
 
-class _Nulls(Followed):
+class _Nulls(PerStep):
     """Unconditional rows read the learned embeddings."""
 
     def __init__(self, inversion: Inversion, variant: Variant):

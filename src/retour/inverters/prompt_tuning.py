@@ -49,7 +49,7 @@ from ..core.registry import Paper, get, register
 from ..core.solver import Solver
 from ..core.state import Inversion
 from ..errors import check_range
-from ._pivotal import Followed, Plan, Tuning, refuse_float16
+from ._pivotal import PerStep, Plan, Tuning, check_differentiable
 from .base import Job, Replay
 from .ddim import DDIMOptions
 
@@ -102,7 +102,7 @@ class PromptTuningInversion:
 
     def invert(self, job: Job) -> Inversion:
         """Walk up without a prompt, then learn one on the way down."""
-        refuse_float16(job.model)
+        check_differentiable(job.model)
         grid = job.grid.truncate(self.options.strength)
         pivot = self._pivot(job, grid)
         found = Tuning(job, grid, pivot, "cond", self.plan).each_step()
@@ -123,7 +123,7 @@ class PromptTuningInversion:
         return Replay(self.solver(), inversion.end(), _Prompts(inversion, self.options.eta))
 
 
-class _Prompts(Followed):
+class _Prompts(PerStep):
     """The source reads the learned embeddings, targets a mix of theirs with them."""
 
     def __init__(self, inversion: Inversion, eta: float):

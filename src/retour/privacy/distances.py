@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..captions import captioner
 from ..evaluate.metrics import EmojiClip, pixels, psnr
+from ..models.quiet import quietly
 
 Table = dict[str, list[float]]
 
@@ -43,9 +44,11 @@ def distances(
     seen, original = clip.embed_images(pictures), clip.embed_images(originals)
     words = clip.embed_texts([c or "a picture" for c in captions])
     said = (seen * words).sum(1).tolist()
+    with quietly():
+        structure = _structure().distance(torch.stack(found), torch.stack(wanted))
     return {
         "psnr": [psnr(a, b) for a, b in zip(found, wanted, strict=True)],
-        "structure": _structure().distance(torch.stack(found), torch.stack(wanted)).tolist(),
+        "structure": structure.tolist(),
         "clip_image": (seen * original).sum(1).tolist(),
         "clip_caption": [
             cosine if caption else float("nan")

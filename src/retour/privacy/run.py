@@ -122,7 +122,7 @@ def attack(
         "inverter_options": inversion.options,
         "classifier": trial.names[0],
         "victims": trial.names[1:],
-        "labels": [str(name) for name in trial.labels],
+        "labels": [trial.judges[0].label(k) for k in trial.truth.tolist()],
         "prompts": prompts,
         "prompts_proposed": prompt is None,
     }
