@@ -125,11 +125,11 @@ def main() -> None:
     options = options_from(arguments)
     device = options.device
     easel = Easel(
-        AutoencoderKL.from_pretrained(arguments.vae).to(device),
+        AutoencoderKL.from_pretrained(arguments.vae).float().to(device),
         CLIPTokenizer.from_pretrained(arguments.clip),
         device,
     )
-    text = CLIPTextModelWithProjection.from_pretrained(arguments.clip).to(device)
+    text = CLIPTextModelWithProjection.from_pretrained(arguments.clip).float().to(device)
     pool = Pool.read(arguments.pool, device)
     Trainer(
         MmditTask(pool, text, easel, options.batch, arguments.dropout, make_mmdit()), options

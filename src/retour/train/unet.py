@@ -126,11 +126,11 @@ def main() -> None:
     options = options_from(arguments)
     device = options.device
     easel = Easel(
-        AutoencoderKL.from_pretrained(arguments.vae).to(device),
+        AutoencoderKL.from_pretrained(arguments.vae).float().to(device),
         CLIPTokenizer.from_pretrained(arguments.clip),
         device,
     )
-    text = CLIPTextModel.from_pretrained(arguments.clip).to(device)
+    text = CLIPTextModel.from_pretrained(arguments.clip).float().to(device)
     task = UnetTask(
         Pool.read(arguments.pool, device),
         text,
