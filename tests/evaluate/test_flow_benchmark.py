@@ -34,7 +34,14 @@ def measures():
 
 
 def test_its_inverters_exist():
-    assert set(script().INVERTERS.split(",")) <= {e.name for e in retour.methods(task="invert")}
+    names = {name.split(":")[0] for name in script().INVERTERS.split(",")}
+    assert names <= {e.name for e in retour.methods(task="invert")}
+
+
+def test_options_stand_behind_a_name():
+    item = list(Suite.paired().select(limit=1))
+    found = script().invert(retour.load(tiny.flux()), item, "rf-solver:probe=0.01", 1.0, 2)
+    assert found.method == "rf-solver" and found.options["probe"] == 0.01
 
 
 def test_every_image_is_measured_at_every_setting_with_its_cost(measures):
@@ -74,5 +81,7 @@ def test_comparison_says_what_equal_error_costs():
         make("fireflow", 16, 18, 0.005),
     ]
     lines = flow.comparison(measures, "fireflow", "rf-solver")
-    assert len(lines) == 3
+    assert len(lines) == 6 and lines[1] == "noise error: fireflow needs 0.80 of rf-solver's " + (
+        "evaluations"
+    )
     assert lines[0].startswith("noise error 1.00e-02: rf-solver 16 evaluations, fireflow 12.7")

@@ -9,10 +9,12 @@ The carried velocity :math:`p` and the new one :math:`p'` give an error estimate
 
 .. math:: e = |h|\,\operatorname{rms}(p' - p) = O(h^2),
 
-the error of an Euler step there. With a `tolerance` the grid is found by it on the way up: a step
-is kept if :math:`e` is within it, and the next one is :math:`0.9\,\sqrt{tolerance/e}` times as long
-(0.2 to 4 times). The way back walks the grid that was found. A batch shares one grid, that of its
-most demanding image, so here a batch does *not* do what its images do alone.
+the error of an Euler step there; twice that in the first step, whose :math:`p` is the velocity at
+its start and not in the middle of a step before. With a `tolerance` the grid is found by it on the
+way up: a step is kept if :math:`e` is within it, and the next one is
+:math:`0.9\,\sqrt{tolerance/e}` times as long (0.2 to 4 times). The way back walks the grid that was
+found. A batch shares one grid, that of its most demanding image, so here a batch does *not* do what
+its images do alone.
 
 Cost: N+1 evaluations; with a tolerance as many as it takes, and one for each step refused.
 
@@ -23,16 +25,17 @@ Norsett, Wanner, "Solving Ordinary Differential Equations I", 1993, II.4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..core.grid import Grid, Step
 from ..core.registry import get, register
 from ..core.solver import Solver
-from ..core.state import Inversion, State, stack
+from ..core.state import Inversion, State
 from ..errors import RetourError
-from ..solvers._flow import clock
+from ..solvers._flow import clock, enter, velocity
 from ..solvers.multistep import FIREFLOW_PAPER
 from .base import ClimbOptions, Job, SolverInverter
 
@@ -45,7 +48,8 @@ class FireFlowOptions(ClimbOptions):
 
     Attributes:
         tolerance: largest error estimate of a step, root mean square over an image's latents; it
-            decides the grid, and `steps` only the first step's length. None: the model's grid.
+            decides the grid, and `steps` only the length that is tried first. None: the model's
+            grid.
     """
 
     tolerance: float | None = None
@@ -92,25 +96,26 @@ class FireFlowInversion(SolverInverter):
         denoise = job.denoiser(self.options.inversion_guidance, self.options.inversion_embedded)
         u, end = clock(path, span.times[0]), clock(path, span.times[-1])
         h, least = clock(path, span.times[1]) - u, (end - u) / job.model.train_steps
-        times, states = [span.times[0]], [solver.start(job.latents)]
+        times, start = [span.times[0]], solver.start(job.latents)
+        # The velocity at the start, kept, is what the first step would ask for at every attempt.
+        known = velocity(denoise, path, enter(path, start.x, times[0]), times[0])
+        states = [replace(start, memory={"velocity": known})]
         while times[-1] < span.times[-1]:
             last = u + h >= end - least / 2
             s = span.times[-1] if last else float(path.from_flow_time(u + h))
             taken = solver.step(denoise, states[-1], Step(0, 1, times[-1], s, False), path)
-            error = _estimate(states[-1], taken, clock(path, s) - u)
-            if error is None or error <= tolerance or h <= least:
+            tried, h = h, clock(path, s) - u
+            error = (2 if len(times) == 1 else 1) * _estimate(states[-1], taken, h)
+            if error <= tolerance or tried <= least:
                 times.append(s)
                 states.append(taken)
                 u = clock(path, s)
-            if error is not None:
-                factor = SAFETY * (tolerance / max(error, TINY)) ** 0.5
-                h = max(least, h * min(GROW, max(SHRINK, factor)))
-        return Grid(tuple(times)), stack(states)
+            factor = SAFETY * (tolerance / max(error, TINY)) ** 0.5
+            h = max(least, h * min(GROW, max(SHRINK, factor)))
+        return Grid(tuple(times)), {"x": torch.stack([state.x for state in states])}
 
 
-def _estimate(before: State, after: State, h: float) -> float | None:
-    """Largest error estimate of the images; None for the first step, which carries nothing."""
-    if "velocity" not in before.memory:
-        return None
+def _estimate(before: State, after: State, h: float) -> float:
+    """Largest error estimate of the images."""
     change = after.memory["velocity"] - before.memory["velocity"]
     return abs(h) * float(change.square().mean((1, 2, 3)).sqrt().max())
