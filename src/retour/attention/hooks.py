@@ -291,6 +291,7 @@ class _Processor:
     ):
         self.site, self.original, self.parties = site, original, parties
         self.runner = _with_fused_kernel(original)
+        self.names = list(inspect.signature(self.runner.__call__).parameters)[2:]
         # diffusers passes only those keywords that the signature of `processor.__call__` names.
         vars(self)["__call__"] = self.runner.__call__
 
@@ -313,8 +314,7 @@ class _Processor:
 
     def _rotary(self, args: Sequence[Any], kw: Mapping[str, Any]) -> Rotary | None:
         """The rotary embedding that the processor was given, by name or by place."""
-        names = list(inspect.signature(self.runner.__call__).parameters)[2:]
-        return (dict(zip(names, args, strict=False)) | dict(kw)).get("image_rotary_emb")
+        return (dict(zip(self.names, args, strict=False)) | dict(kw)).get("image_rotary_emb")
 
     def _tokens(self, hidden: Tensor, text: int) -> tuple[int, int]:
         """Numbers of queries and keys that the attention over `hidden` will have."""
