@@ -1,11 +1,13 @@
 """RF-Edit: what is shared, with whom, when; and that sharing with oneself is no change."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from editors.runs import SOLVER, denoiser, edit, inversion, model, noise
 from retour.attention.hooks import AttentionControl
-from retour.core.branches import Branch, Denoiser
+from retour.core.branches import Branch, Denoiser, Row, Rows
 from retour.core.control import Control
 from retour.core.grid import Grid
 from retour.core.loop import walk
@@ -13,7 +15,7 @@ from retour.core.registry import get
 from retour.core.state import Inversion, State, stack
 from retour.editors.base import EditJob
 from retour.editors.reprompt import Reprompt
-from retour.editors.rf_edit import Sharing, last_layers
+from retour.editors.rf_edit import Giver, Sharing, last_layers
 from retour.errors import RetourError
 from retour.inverters.base import Job
 
@@ -275,3 +277,36 @@ def test_layers_get_their_processors_back():
 def test_bad_options(options):
     with pytest.raises(RetourError):
         make(**options)
+
+
+STRATEGIES = [f"{how}_{which}" for how in ("replace", "add") for which in "qkv"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fireflow_s_strategies_share_what_their_names_say(family):
+    """Nothing added is nothing changed; a double of oneself is no change where one replaces."""
+    inv = inversion_at_one(family)
+    same = {"target": tuple(SOURCE)}
+    results = []
+    for strategy in STRATEGIES:
+        options = {"inject": 1.0, "blocks": 1.0, "features": "matched", "strategy": strategy}
+        own = edit(family, make(**options), inv, same, scale=1.0)["target"]
+        assert torch.equal(own, inv.latents) is strategy.startswith("replace")
+        none = edit(family, make(**options, ratio=0.0), inv, same, scale=1.0)["target"]
+        assert torch.equal(none, inv.latents) is strategy.startswith("add")
+        results.append(edit(family, make(**options), inv, TARGET, scale=1.0)["target"])
+    pairs = [(a, b) for k, a in enumerate(results) for b in results[:k]]
+    assert not any(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_is_given_is_weighed():
+    q, k, v = torch.randn(3, 1, 1, 4, 2, generator=torch.Generator().manual_seed(0))
+    kept = {"here": torch.ones(1, 1, 4, 2)}
+    rows = Rows([Row("target", "cond", 0)])
+    call = SimpleNamespace(rows=rows, site=SimpleNamespace(name="here"))
+    for strategy, wanted in (("replace_k", 0.5 * kept["here"]), ("add_k", k + 0.5 * kept["here"])):
+        giver = Giver(frozenset(kept), make(strategy=strategy, ratio=0.5).options)
+        giver.values = kept
+        found = giver.qkv(call, q, k, v)
+        assert torch.equal(found[0], q) and torch.equal(found[2], v)
+        assert torch.equal(found[1], wanted)

@@ -11,6 +11,10 @@ end, where the way down departs (``features="inversion"``, the default here). ``
 them where they are read: from the source's step down over the same interval, from the inverted
 track. The second calls, in the middle, agree in both up to the solver's error.
 
+FireFlow's code shares queries or keys as well, adds what was kept to the target's own instead of
+replacing it, and weighs it when it is kept (`strategy`, `ratio`); it goes with its own solver
+(``--inverter fireflow``).
+
 Where we deviate: an inversion is a value that can be stored and edited many times, and :math:`2n M`
 tensors of L tokens are not part of it. Before each of the n steps the source's one step is taken
 again, from its stored state, by the same solver and so with the same numbers; only that step's
@@ -22,8 +26,9 @@ differently, a call takes the values of the unused call whose time lies nearest 
 
 Cost: the sampler's, and the inverter's cost of n steps (RF-Solver: 2n).
 
-Reference: Wang et al., "Taming Rectified Flow for Inversion and Editing", ICML 2025, arXiv
-2411.04746.
+References: Wang et al., "Taming Rectified Flow for Inversion and Editing", ICML 2025, arXiv
+2411.04746; Deng et al., "FireFlow: Fast Inversion of Rectified Flow for Image Semantic Editing",
+ICML 2025, arXiv 2412.07517.
 """
 
 from __future__ import annotations
@@ -52,6 +57,7 @@ from .base import EditJob, Editor
 Asked: TypeAlias = Denoiser | Wrapped
 Values: TypeAlias = dict[str, Tensor]
 Turn: TypeAlias = tuple[float, Values]
+Strategy: TypeAlias = Literal["replace_v", "add_v", "replace_k", "add_k", "replace_q", "add_q"]
 
 
 @dataclass(frozen=True)
@@ -63,17 +69,22 @@ class RFEditOptions:
         blocks: share of the last stack's attention layers, from its end, that share; at least one
             layer if above 0.
         features: whose values: those of the way up, or those of a step down, see the module.
-        tokens: replace the values of all tokens, text included, or of the image's only.
+        tokens: share what all tokens have, text included, or the image's only.
+        strategy: what is shared, and whether it replaces the target's own or is added to it.
+        ratio: weight of what is shared.
     """
 
     inject: float = 0.2
     blocks: float = 18 / 38
     features: Literal["inversion", "matched"] = "inversion"
     tokens: Literal["all", "image"] = "all"
+    strategy: Strategy = "replace_v"
+    ratio: float = 1.0
 
     def __post_init__(self) -> None:
         check_range("inject", self.inject, 0, 1)
         check_range("blocks", self.blocks, 0, 1)
+        check_range("ratio", self.ratio, 0)
 
 
 @register(
@@ -117,14 +128,14 @@ def along(step: Step, path: Path, t: float) -> float:
 
 
 class Keeper(AttentionControl):
-    """Keeps the values of each call of a source step.
+    """Keeps the values (or queries, or keys) of each call of a source step.
 
     Attributes:
         turns: for each call, how far along the step it was made, and its values by layer.
     """
 
-    def __init__(self, sites: frozenset[str], step: Step, path: Path):
-        self.sites, self.step, self.path = sites, step, path
+    def __init__(self, sites: frozenset[str], step: Step, path: Path, which: int = 2):
+        self.sites, self.step, self.path, self.which = sites, step, path, which
         self.turns: list[Turn] = []
 
     def wants(self, site: AttentionSite) -> bool:
@@ -137,16 +148,22 @@ class Keeper(AttentionControl):
         """Keep the conditional rows' values."""
         if not self.turns or call.site.name in self.turns[-1][1]:
             self.turns.append((along(self.step, self.path, call.t), {}))
-        rows = call.rows.where(half="cond").to(v.device)
-        self.turns[-1][1][call.site.name] = v.detach()[rows]
+        kept = (q, k, v)[self.which].detach()
+        self.turns[-1][1][call.site.name] = kept[call.rows.where(half="cond").to(kept.device)]
         return q, k, v
 
 
 class Giver(AttentionControl):
-    """Puts given values in the place of the targets' own."""
+    """Puts given values in the place of the targets' own, or adds them.
 
-    def __init__(self, sites: frozenset[str], image_only: bool):
-        self.sites, self.image_only = sites, image_only
+    Attributes:
+        which: 0 for queries, 1 for keys, 2 for values.
+        values: what is given, by layer.
+    """
+
+    def __init__(self, sites: frozenset[str], options: RFEditOptions):
+        self.sites, self.options = sites, options
+        self.add, self.which = options.strategy.startswith("add"), "qkv".index(options.strategy[-1])
         self.values: Values = {}
 
     def wants(self, site: AttentionSite) -> bool:
@@ -160,14 +177,19 @@ class Giver(AttentionControl):
     def qkv(
         self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Replace them in all rows but the source's."""
+        """Change them in all rows but the source's."""
         rows = [i for i, row in enumerate(call.rows) if row.branch != "source"]
-        given = self.values[call.site.name][[call.rows[i].image for i in rows]].to(v)
-        if self.image_only:
+        parts = [q, k, v]
+        own = parts[self.which]
+        given = self.values[call.site.name][[call.rows[i].image for i in rows]].to(own)
+        given = self.options.ratio * given + (own[rows] if self.add else 0)
+        if self.options.tokens == "image":
             given = torch.slice_scatter(
-                v[rows], given[..., call.image, :], -2, call.image.start, call.image.stop
+                own[rows], given[..., call.image, :], -2, call.image.start, call.image.stop
             )
-        return q, k, v.index_copy(0, torch.tensor(rows, device=v.device), given)
+        index = torch.tensor(rows, device=own.device)
+        parts[self.which] = own.index_copy(0, index, given)
+        return parts[0], parts[1], parts[2]
 
 
 class Sharing(Control):
@@ -177,7 +199,7 @@ class Sharing(Control):
         self.job, self.options = job, options
         self.count = int(round(options.inject * job.grid.steps, 9))
         self.sites = last_layers(job.model, options.blocks)
-        self.giver = Giver(self.sites, options.tokens == "image")
+        self.giver = Giver(self.sites, options)
         method = get("invert", job.inversion.method).make(**job.inversion.options)
         self.solver: Solver = method.replay(job.inversion).solver
 
@@ -200,7 +222,7 @@ class Sharing(Control):
         taken = Step(step.index, step.count, *ends, not up)
         now = {k: v[place].to(job.model.device) for k, v in inversion.states.items()}
         state = State(now.pop("x"), now)
-        keeper = Keeper(self.sites, taken, job.model.path)
+        keeper = Keeper(self.sites, taken, job.model.path, self.giver.which)
         source = Denoiser(job.model, [_source(inversion)], ledger=ledger)
         with hooked(source, [keeper]):
             self.solver.step(source, state, taken, job.model.path)

@@ -35,6 +35,13 @@ from ..core.state import Inversion, State
 from ..solvers._flow import clock, enter, leave, velocity
 from .base import ClimbOptions, Job, Replay
 
+UNIEDIT_PAPER = Paper(
+    "UniEdit-Flow: Unleashing Inversion and Editing in the Era of Flow Models",
+    "Jiao, Guanlong and Huang, Biqing and Wang, Kuan-Chieh and Liao, Renjie",
+    2025,
+    "2504.13109",
+)
+
 
 class UniInvStep(Plain):
     """The step upwards; memory: `velocity`, the last step's."""
@@ -69,12 +76,7 @@ class UniInvOptions(ClimbOptions):
     "uniinv",
     task="invert",
     summary="velocity of the arriving level, one warm-started fixed-point iteration a step",
-    paper=Paper(
-        "UniEdit-Flow: Unleashing Inversion and Editing in the Era of Flow Models",
-        "Jiao, Guanlong and Huang, Biqing and Wang, Kuan-Chieh and Liao, Renjie",
-        2025,
-        "2504.13109",
-    ),
+    paper=UNIEDIT_PAPER,
     options=UniInvOptions,
     order=1,
     nfe="N+1",
