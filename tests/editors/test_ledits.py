@@ -9,7 +9,7 @@ from inverters.jobs import tiny_model, tiny_picture
 from retour.core.branches import Branch, Denoiser
 from retour.core.path import levels
 from retour.core.registry import get
-from retour.editors.ledits import Concept, concepts
+from retour.editors.ledits import Concept, concepts, edits
 from retour.errors import RetourError
 
 SOURCE = "a red apple on a cat"
@@ -36,6 +36,45 @@ def test_concepts_are_read():
         Concept("red apple", -1.0),
         Concept("a cat", -1.0),
     )
+
+
+def test_whole_prompts_are_told_by_the_words_they_keep():
+    """Half of the source's words, and no minus; `read` decides where the words do not."""
+    whole = (Concept("A green apple on a cat", 1.0, True, "green"),)
+    assert edits(SOURCE, "A green apple on a cat") == whole
+    assert edits(SOURCE, SOURCE) == ()
+    assert edits(SOURCE, "an apple on a dog, -red") == concepts("an apple on a dog, -red")
+    for target in ("sunglasses", "a green pear", "green, blue"):
+        assert edits(SOURCE, target) == edits("", target) == concepts(target)
+        assert edits(SOURCE, target, "prompt")[0].whole
+    assert edits(SOURCE, whole[0].text, "concepts") == (Concept(whole[0].text, 1.0),)
+
+
+def test_a_whole_prompt_without_masks_is_plain_guidance(model):
+    inversion = inverted(model, "euler")
+    found = edit(inversion, "a green apple on a cat", masks="none")
+    plain = retour.edit(inversion, "a green apple on a cat", editor="reprompt")
+    assert claims.relative(found.latents, plain.latents) < 1e-9
+    assert found.record["nfe_edit"] == (2 + 1) * 3
+
+
+def test_a_whole_prompt_moves_the_half_where_it_differs_most_from_the_source(model):
+    """All of the correction there, none elsewhere; outside the source."""
+    target = "a green apple on a cat"
+    inversion = inverted(model, "euler", steps=1)
+    every, half = (edit(inversion, target, masks=m).latents for m in ("none", "auto"))
+    still = edit(inversion, "green", scale=0.0).latents
+    ones = edit(inversion, target, masks="none", scale=1.0).latents  # moved by X_tgt - X_src
+    gap = (ones - still).abs().sum(1, keepdim=True)
+    wanted = torch.where(gap >= gap.quantile(0.5), every, still)
+    torch.testing.assert_close(half, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["sde-dpm", "edit-friendly", "virtual"])
+def test_a_target_that_says_what_the_source_says_returns_it(model, method):
+    inversion = inverted(model, method)
+    found = edit(inversion, SOURCE)
+    assert (found.latents - inversion.latents).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("method", ["sde-dpm", "edit-friendly", "virtual"])
@@ -149,12 +188,13 @@ def test_further_branches_stand_where_their_target_stands(method):
 
 def test_a_batch_of_unequal_concepts_does_what_its_images_do_alone():
     net = tiny_model(wide=True)
-    prompts, targets = [SOURCE, "a cat"], ["green, -red", "a photo of a pear"]
+    prompts = [SOURCE, "a cat", SOURCE]
+    targets = ["green, -red", "photo of a pear", "a green apple on a cat"]
     batch = retour.invert(
-        net, [tiny_picture(k) for k in range(2)], prompts, method="sde-dpm", steps=3, guidance=5.0
+        net, [tiny_picture(k) for k in range(3)], prompts, method="sde-dpm", steps=3, guidance=5.0
     )
     edited = edit(batch, targets)
-    for k in range(2):
+    for k in range(3):
         one = retour.invert(
             net, tiny_picture(k), prompts[k], method="sde-dpm", steps=3, guidance=5.0
         )
@@ -170,7 +210,7 @@ def test_a_batch_of_unequal_concepts_does_what_its_images_do_alone():
         ("a, b, red", {"scale": "1,2"}, "2 values of scale for 3"),
         ("green", {"threshold": "high"}, "threshold is 'high'"),
         ("green", {"threshold": 1.5}, "threshold"),
-        ("green", {"threshold": "none"}, "threshold"),
+        ("a green apple on a cat", {"read": "sentence"}, "read"),
         ("green", {"scale": -1.0}, "scale"),
     ],
 )

@@ -1,7 +1,7 @@
 r"""LEDITS++: semantic guidance by edit concepts, each confined to where it matters.
 
-The target prompt names concepts to add, separated by commas, and, with a leading minus, concepts to
-take away: "green, -red". The source prompt stays what the picture is said to be. Per step, with
+The target names concepts to add, separated by commas, and, with a leading minus, concepts to take
+away: "sunglasses, -hat". The source prompt stays what the picture is said to be. Per step, with
 :math:`X_\varnothing, X_c` the predictions at the target's latents for the negative prompt and for
 concept c, and all that follows alike for the noise face,
 
@@ -17,11 +17,28 @@ concept c, and all that follows alike for the noise face,
 :math:`X_{src}` is guided as the inversion was, so that without concepts the source returns:
 ``sde-dpm`` is the usual mate. The scales :math:`s_c` are the edit's guidance unless given.
 
+*Whole prompts*, which other editors take, are told by their words: a target that keeps at least
+half of the source prompt's is one (``read`` says it outright). It is read as two concepts, the
+target to add and the source to take away, in their sentences, which is where a text encoder knows
+them from. The source is taken away at the scale at which it is held, and both share a mask:
+
+.. math::
+   X \leftarrow X_{src} + M \odot \big(s\,(X_{tgt} - X_\varnothing)
+        - (X_{src} - X_\varnothing)\big), \qquad
+   M: |X_{tgt} - X_{src}| \text{ above its quantile } \lambda
+
+so inside M stands the target under ordinary guidance, outside of it the source. Taken away at
+scale s, as two free concepts would be, it oversaturates. Words that differ look at places of an
+edit badly where they are adjectives ("navy blue" of a background), so M is :math:`M^2` alone unless
+``masks`` asks for both; and since whole prompts change things and grounds, not details,
+:math:`\lambda` is 0.5 there, 0.9 (the paper's) for concepts. A target that says what the source
+says changes nothing. All this is ours; ``read="concepts"`` is the paper's raw form always.
+
 Where we deviate: published code asks for :math:`M^2` only once the noise has fallen below a fixed
 training step; here both masks act in every step. Maps are sought by size, as in
 :mod:`retour.editors.blend`; on joint attention they are the block of image queries and text keys.
 
-Cost: (2 + concepts) N evaluations.
+Cost: (2 + concepts) N evaluations; a whole prompt counts as one concept.
 
 Reference: Brack et al., "LEDITS++: Limitless Image Editing using Text-to-Image Models", CVPR 2024,
 arXiv 2311.16711.
@@ -29,7 +46,6 @@ arXiv 2311.16711.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -49,11 +65,16 @@ from ..core.registry import register
 from ..errors import RetourError, check_range
 from ..inverters.sde_dpm import LEDITS_PAPER
 from ._inject import embed
+from .align import positions
 from .base import EditJob, Editor
 from .blend import LEAST_GRID
 
 NOTHING = "/none"
 BLUR = 0.5  # Standard deviation of the 3 x 3 smoothing of attention maps, in cells.
+THRESHOLD, WHOLE_THRESHOLD = 0.9, 0.5
+KEPT = 0.5  # Least part of the source prompt's words that a whole prompt keeps.
+
+Read = Literal["auto", "concepts", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -63,22 +84,25 @@ class LEditsOptions:
     Attributes:
         scale: guidance of the concepts, one for all (5) or one each ("5,3"); None takes that of the
             edit.
-        threshold: quantile of places that a concept leaves alone, in [0, 1), one or one each.
-        masks: which masks confine a concept.
+        threshold: quantile of places that a concept leaves alone, in [0, 1), one or one each; None:
+            0.9 for concepts, 0.5 for a whole prompt.
+        masks: which masks confine a concept; `auto`: both, for a whole prompt the prediction's.
         warmup: part of the steps, from the noisy end, before concepts act.
         cooldown: part of the steps after which they no longer act.
+        read: what targets are: `concepts`, a whole `prompt`, or `auto` by the words they keep.
     """
 
     scale: float | str | None = None
-    threshold: float | str = 0.9
-    masks: Literal["both", "attention", "prediction", "none"] = "both"
+    threshold: float | str | None = None
+    masks: Literal["auto", "both", "attention", "prediction", "none"] = "auto"
     warmup: float = 0.0
     cooldown: float = 1.0
+    read: Read = "auto"
 
     def __post_init__(self) -> None:
         for number in numbers("scale", self.scale):
             check_range("scale", number, 0)
-        for number in numbers("threshold", self.threshold) or [math.nan]:
+        for number in numbers("threshold", self.threshold):
             check_range("threshold", number, 0, 1)
         check_range("warmup", self.warmup, 0, 1)
         check_range("cooldown", self.cooldown, 0, 1)
@@ -86,10 +110,19 @@ class LEditsOptions:
 
 @dataclass(frozen=True)
 class Concept:
-    """What to add to the picture, or (`sign` -1) to take away."""
+    """What to add to the picture, or (`sign` -1) to take away.
+
+    Attributes:
+        text: what the network is told.
+        sign: 1 or -1.
+        whole: whether it is a prompt, which takes the source's place.
+        words: those whose attention makes the mask; "" for all.
+    """
 
     text: str
     sign: float
+    whole: bool = False
+    words: str = ""
 
 
 def concepts(prompt: str) -> tuple[Concept, ...]:
@@ -106,6 +139,18 @@ def concepts(prompt: str) -> tuple[Concept, ...]:
             "minus before those to remove (green, -red)"
         )
     return found
+
+
+def edits(source: str, target: str, read: Read = "auto") -> tuple[Concept, ...]:
+    """What a target asks of a picture of `source`: its concepts, or itself as a whole prompt."""
+    old, new = source.casefold().split(), target.casefold().split()
+    kept = sum(word in new for word in old)
+    whole = not any(part.strip().startswith("-") for part in target.split(","))
+    whole = whole and bool(old) and kept >= KEPT * len(old)
+    if read == "concepts" or (read == "auto" and not whole):
+        return concepts(target)
+    words = " ".join(word for word in target.split() if word.casefold() not in old)
+    return () if old == new else (Concept(target, 1.0, True, words),)
 
 
 def numbers(name: str, value: float | str | None) -> list[float]:
@@ -142,7 +187,7 @@ class LEdits(Editor):
         for branch in branches:
             if branch.name == "source":
                 continue
-            count = max(len(concepts(prompt)) for prompt in branch.condition.prompts)
+            count = _count(branch.condition.prompts, self.options.read)
             plain = replace(branch, uncond=None, scale=1.0, auxiliary=True)
             names = [NOTHING, *(f"/{k}" for k in range(count))]
             further += [replace(plain, name=branch.name + name) for name in names]
@@ -165,17 +210,19 @@ class _Slot:
         branch: name of its branch.
         condition: its B conditions.
         weight: (B, 1, 1, 1) sign, 0 where that image has no such concept.
-        tokens: for each image the positions of the concept's words.
+        whole: (B, 1, 1, 1) 1 where it is a whole prompt, else 0.
+        looked: for each image the positions of the words whose attention confines it, if any does.
         scale: guidance; None: the edit's.
-        threshold: quantile.
+        thresholds: (B,) quantiles.
     """
 
     branch: str
     condition: Condition
     weight: Tensor
-    tokens: tuple[tuple[int, ...], ...]
+    whole: Tensor
+    looked: tuple[tuple[int, ...], ...]
     scale: float | None
-    threshold: float
+    thresholds: Tensor
 
 
 class _Semantic(Control):
@@ -195,7 +242,8 @@ class _Semantic(Control):
 
     def attention(self) -> Sequence[AttentionControl]:
         """The store of this step's maps."""
-        return (self.store,) if self.options.masks in ("both", "attention") else ()
+        slots = [slot for some in self.slots.values() for slot in some]
+        return (self.store,) if any(any(slot.looked) for slot in slots) else ()
 
     def branches(self, step: Step, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
         """Targets keep the source's prompt; their further branches get the concepts."""
@@ -223,13 +271,11 @@ class _Semantic(Control):
             for target, slots in self.slots.items():
                 nothing = target + NOTHING
                 edited, empty = faces[target], faces[nothing]
+                scale = scales[nothing]
                 for slot in slots if acts else ():
-                    gap = Prediction(
-                        faces[slot.branch].x0 - empty.x0, faces[slot.branch].eps - empty.eps
-                    )
-                    weight = slot.weight.to(x) * self._mask(slot, gap)
-                    weight = weight * (scales[nothing] if slot.scale is None else slot.scale)
-                    edited = Prediction(edited.x0 + weight * gap.x0, edited.eps + weight * gap.eps)
+                    push, gap = _push(slot, faces[slot.branch], faces[target], empty, scale)
+                    mask = self._mask(slot, gap)
+                    edited = Prediction(edited.x0 + mask * push.x0, edited.eps + mask * push.eps)
                 for name in (target, nothing, *(slot.branch for slot in slots)):
                     faces[name] = edited
             return Prediction(
@@ -243,17 +289,33 @@ class _Semantic(Control):
         """Where the concept acts, (B, 1, h, w)."""
         size = (gap.x0.shape[-2], gap.x0.shape[-1])
         mask = torch.ones_like(gap.x0[:, :1])
-        if self.options.masks in ("both", "prediction"):
+        if self.options.masks in ("auto", "both", "prediction"):
             # The velocity's gap is that of either face, times a number, at every level.
-            mask = mask * _above(gap.velocity.abs().sum(1), slot.threshold)[:, None].to(mask)
-        if self.options.masks in ("both", "attention"):
-            factor = min(4.0, min(size) / LEAST_GRID)
-            for image, tokens in enumerate(slot.tokens):
-                if tokens:
-                    heat = _smooth(self.store.word(slot.branch, image, tokens, factor))
-                    seen = _above(heat[None], slot.threshold)[None].to(mask)
-                    mask[image] *= F.interpolate(seen, size)[0]
+            mask = mask * _above(gap.velocity.abs().sum(1), slot.thresholds)[:, None].to(mask)
+        factor = min(4.0, min(size) / LEAST_GRID)
+        for image, tokens in enumerate(slot.looked):
+            if tokens:
+                heat = _smooth(self.store.word(slot.branch, image, tokens, factor))
+                seen = _above(heat[None], slot.thresholds[image : image + 1])[None].to(mask)
+                mask[image] *= F.interpolate(seen, size)[0]
         return mask
+
+
+def _push(
+    slot: _Slot, concept: Prediction, source: Prediction, empty: Prediction, scale: float
+) -> tuple[Prediction, Prediction]:
+    """What a concept adds where it acts, and the difference that says where."""
+    scale = scale if slot.scale is None else slot.scale
+    whole, weight = slot.whole.to(concept.x0), scale * slot.weight.to(concept.x0)
+
+    def push(c: Tensor, s: Tensor, e: Tensor) -> Tensor:
+        return weight * (c - e) - whole * (s - e)
+
+    def gap(c: Tensor, s: Tensor, e: Tensor) -> Tensor:
+        return c - whole * s - (1 - whole) * e
+
+    faces = [(concept.x0, source.x0, empty.x0), (concept.eps, source.eps, empty.eps)]
+    return Prediction(*(push(*f) for f in faces)), Prediction(*(gap(*f) for f in faces))
 
 
 class _StepStore(AttentionStore):
@@ -272,13 +334,20 @@ class _StepStore(AttentionStore):
         return super().probs(call, probs)
 
 
+def _count(prompts: Sequence[str], read: Read) -> int:
+    """Branches that serve the concepts of all prompts, whatever the prompts turn out to be."""
+    return 1 if read == "prompt" else max(prompt.count(",") + 1 for prompt in prompts)
+
+
 def _slots(
     job: EditJob, target: str, prompts: Sequence[str], options: LEditsOptions
 ) -> tuple[_Slot, ...]:
-    said = [concepts(prompt) for prompt in prompts]
-    count = max(map(len, said))
-    scales: Sequence[float | None] = _for_each("scale", options.scale, count) or [None] * count
-    thresholds = _for_each("threshold", options.threshold, count)
+    pairs = zip(job.sources, prompts, strict=True)
+    said = [edits(source, prompt, options.read) for source, prompt in pairs]
+    count = _count(prompts, options.read)
+    most = max(map(len, said))
+    scales = _for_each("scale", options.scale, most)
+    thresholds = _for_each("threshold", options.threshold, most)
     empty = job.inversion.negative
     slots = []
     for k in range(count):
@@ -287,22 +356,32 @@ def _slots(
             empty.take([i]) if c is None else embed(job, c.text).take([i])
             for i, c in enumerate(here)
         ]
-        signs = [0.0 if c is None else c.sign for c in here]
-        tokens = [
-            () if c is None else tuple(t for w in job.model.tokens(c.text).words for t in w.tokens)
-            for c in here
-        ]
+        own = [WHOLE_THRESHOLD if c is not None and c.whole else THRESHOLD for c in here]
         slots.append(
             _Slot(
                 f"{target}/{k}",
                 Condition.cat(rows),
-                torch.tensor(signs, dtype=torch.float64)[:, None, None, None],
-                tuple(tokens),
-                scales[k],
-                thresholds[k],
+                _column([0.0 if c is None else c.sign for c in here]),
+                _column([float(c is not None and c.whole) for c in here]),
+                tuple(_looked(job, c, options.masks) for c in here),
+                scales[k] if k < len(scales) else None,
+                torch.tensor(own if k >= len(thresholds) else [thresholds[k]] * len(here)),
             )
         )
     return tuple(slots)
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None, None, None]
+
+
+def _looked(job: EditJob, concept: Concept | None, masks: str) -> tuple[int, ...]:
+    """Positions of the words whose attention confines a concept."""
+    wanted = masks in ("both", "attention") or (masks == "auto" and concept and not concept.whole)
+    if concept is None or not wanted:
+        return ()
+    tokens = job.model.tokens(concept.text)
+    return positions(tokens, concept.words) or tuple(t for w in tokens.words for t in w.tokens)
 
 
 def _for_each(name: str, value: float | str | None, count: int) -> list[float]:
@@ -317,9 +396,10 @@ def _for_each(name: str, value: float | str | None, count: int) -> list[float]:
     return given
 
 
-def _above(heat: Tensor, quantile: float) -> Tensor:
-    """Where (B, h, w) is at or above its image's quantile."""
-    least = torch.quantile(heat.flatten(1), quantile, dim=1)
+def _above(heat: Tensor, quantiles: Tensor) -> Tensor:
+    """Where (B, h, w) is at or above the (B,) quantiles of its images."""
+    rows = zip(heat.flatten(1), quantiles.to(heat), strict=True)
+    least = torch.stack([row.quantile(level) for row, level in rows])
     return heat >= least[:, None, None]
 
 
