@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retour.errors import RetourError
-from retour.evaluate.stats import mean_interval, paired_difference
+from retour.evaluate.stats import mean_interval, mean_intervals, paired_difference
 
 
 def test_interval_of_a_normal_sample_is_the_textbook_one():
@@ -58,3 +58,18 @@ def test_unequal_items_are_refused():
         paired_difference([1, 2], [1, 2, 3])
     with pytest.raises(RetourError, match="confidence"):
         mean_interval([1, 2], confidence=95)
+
+
+def test_a_table_gives_what_its_rows_give():
+    table = np.random.default_rng(0).normal(3, 2, (7, 30))
+    table[1, :4] = np.nan
+    table[2] = np.nan
+    table[3, 1:] = np.nan
+    table[4, 5] = np.inf
+    table[5] = 2.0
+    for row, found in zip(table, mean_intervals(table, resamples=1500), strict=True):
+        one = mean_interval(row, resamples=1500)
+        assert found.count == one.count
+        # The same resamples, summed in another order.
+        ends = (found.mean, found.low, found.high), (one.mean, one.low, one.high)
+        assert np.allclose(*ends, rtol=1e-12, equal_nan=True)

@@ -19,6 +19,7 @@ from ..errors import RetourError
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 _CHUNK = 1_000
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ def mean_interval(
     seed: int = 0,
 ) -> Interval:
     """Mean of values, NaN left out, with its percentile bootstrap interval."""
-    if not 0 < confidence < 1:
-        raise RetourError(f"confidence is {confidence}: choose a number between 0 and 1")
+    tails = _tails(confidence)
     kept = np.asarray(values, np.float64)
     kept = kept[~np.isnan(kept)]
     if not kept.size:
@@ -60,9 +60,59 @@ def mean_interval(
     mean = float(kept.mean())
     if kept.size == 1 or not np.isfinite(kept).all():
         return Interval(mean, np.nan, np.nan, kept.size)
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = np.quantile(_means(kept, resamples, seed), tails)
     return Interval(mean, float(low), float(high), kept.size)
+
+
+def _tails(confidence: float) -> list[float]:
+    if not 0 < confidence < 1:
+        raise RetourError(f"confidence is {confidence}: choose a number between 0 and 1")
+    return [(1 - confidence) / 2, (1 + confidence) / 2]
+
+
+def mean_intervals(
+    table: np.ndarray,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Interval]:
+    """`mean_interval` of every row of a table (rows, items), far faster than one by one.
+
+    Rows with the same number of values share their resamples, as they would one by one; here each
+    resample is a row of weights, so that all means come from one product.
+    """
+    tails, table = _tails(confidence), np.asarray(table, np.float64)
+    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    alike: dict[int, list[int]] = {}
+    found: dict[int, Interval] = {}
+    for k, row in enumerate(table):
+        kept = row[~np.isnan(row)]
+        if kept.size > 1 and np.isfinite(kept).all():
+            alike.setdefault(kept.size, []).append(k)
+        else:
+            found[k] = mean_interval(kept, **options)  # type: ignore[arg-type]
+    for size, rows in alike.items():
+        weights = _weights(size, resamples, seed)
+        for start in range(0, len(rows), _ROWS):
+            some = rows[start : start + _ROWS]
+            kept = np.stack([table[k][~np.isnan(table[k])] for k in some])
+            ends = np.quantile(weights @ kept.T, tails, axis=0)
+            for k, values, low, high in zip(some, kept, *ends, strict=True):
+                found[k] = Interval(float(values.mean()), float(low), float(high), size)
+    return [found[k] for k in range(len(table))]
+
+
+def _weights(size: int, resamples: int, seed: int) -> np.ndarray:
+    """Share of each of `size` values in each resample of `_means`: (resamples, size)."""
+    rng = np.random.default_rng(seed)
+    weights = np.zeros((resamples, size))
+    for start in range(0, resamples, _CHUNK):
+        draws = rng.integers(size, size=(min(_CHUNK, resamples - start), size))
+        flat = (draws + size * np.arange(len(draws))[:, None]).ravel()
+        counts = np.bincount(flat, minlength=len(draws) * size)
+        weights[start : start + len(draws)] = counts.reshape(len(draws), size) / size
+    return weights
 
 
 def _means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
