@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -38,13 +37,13 @@ from retour.core.model import Model
 from retour.core.progress import quiet
 from retour.evaluate.metrics import pixels, psnr
 from retour.evaluate.noise import gaussianity
+from retour.evaluate.peak import Peak
 from retour.evaluate.stats import mean_interval
 from retour.evaluate.suite import Item, Suite
 from retour.io import atomic_write, plain, save_json
 from retour.record import versions
 
 CEILING, WHITE = "VAE ceiling", "white noise"
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -67,33 +66,6 @@ class Measure:
 
 DIGITS = {"latent": ".2e", "psnr": ".2f", "nfe_up": ".0f", "nfe": ".0f", "peak": ".0f"}
 COSTS = ("nfe_up", "nfe", "time", "peak")
-
-
-class Peak:
-    """Peak memory of a block, in MiB above its start; NaN where it cannot be told."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.mib = device, math.nan
-
-    def __enter__(self) -> Peak:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.begun = torch.cuda.memory_allocated(self.device) / 2**20
-        elif RESET.exists():
-            RESET.write_text("5")
-            self.begun = _resident("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            self.mib = torch.cuda.max_memory_allocated(self.device) / 2**20 - self.begun
-        elif RESET.exists():
-            self.mib = _resident("VmHWM") - self.begun
-
-
-def _resident(name: str) -> float:
-    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
-    return int(found[1]) / 1024 if found else math.nan
 
 
 def distinct(suite: Suite, count: int) -> list[Item]:

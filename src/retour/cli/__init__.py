@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import RetourError
-from . import editing, purposes, showing  # noqa: F401
+from . import editing, measuring, page, purposes, showing  # noqa: F401
 from .application import app
 from .support import say
 

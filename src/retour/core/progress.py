@@ -22,6 +22,11 @@ def quiet(value: bool = True) -> Iterator[None]:
         _quiet.reset(token)
 
 
+def is_quiet() -> bool:
+    """Whether progress bars are silenced here."""
+    return _quiet.get()
+
+
 @contextmanager
 def bar(items: Iterable[T], total: int, label: str) -> Iterator[Iterable[T]]:
     """Wrap `items` in a tqdm bar if standard error is a terminal and the run has a label."""
