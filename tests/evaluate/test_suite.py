@@ -73,7 +73,7 @@ def test_a_pie_bench_folder_is_read(tmp_path):
 
 
 def test_brackets_go_wherever_they_stand():
-    assert plain_prompt("[a [red] cat]s") == "a red cat s"
+    assert plain_prompt("[a [red] cat]s") == "a red cats"
     assert plain_prompt("a cat[ with a hat]") == "a cat with a hat"
 
 
@@ -108,6 +108,22 @@ def bad(**changes):
         (json.dumps(bad(image_path="/etc/passwd")), "outside"),
         (json.dumps(bad(image_path="gone.png")), "does not exist"),
         (json.dumps(bad(edited_image_path="gone.png")), "does not exist"),
+        (json.dumps(bad(edited_image_path=[1])), "does not exist"),
+        (json.dumps(bad(edited_image_path="../annotation_images/a.png")), "outside"),
+        (json.dumps(bad(image_path="a\0b.png")), "cannot be"),
+        (json.dumps(bad(image_path="a" * 5000)), "cannot be|does not exist"),
+        (json.dumps(bad(image_path="")), "does not exist"),
+        (json.dumps(bad(image_path="1_change_object_80")), "does not exist"),
+        (json.dumps(bad(mask=[True, 2])), "whole numbers"),
+        (json.dumps(bad(mask="0 3")), "whole numbers"),
+        ('{"1": {"mask": [' + "9" * 5000 + ", 1]}}", "cannot read"),
+        (json.dumps(bad(editing_type_id="11")), "must be one of 0, 1"),
+        (json.dumps(bad(editing_type_id=None)), "must be one of 0, 1"),
+        (json.dumps(bad(editing_prompt="[ ]")), "empty editing_prompt"),
+        *[
+            (json.dumps({key: ENTRY}), "cannot be a file name")
+            for key in ("../1", "a/b", "", ".hidden", "a b", "x" * 101, "\u0000")
+        ],
     ],
 )
 def test_bad_folders_are_refused(tmp_path, mapping, message):
@@ -115,6 +131,67 @@ def test_bad_folders_are_refused(tmp_path, mapping, message):
     (tmp_path / "mapping_file.json").write_text(mapping)
     with pytest.raises(RetourError, match=message):
         Suite.load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["mask", "image_path", "original_prompt", "editing_type_id"])
+def test_missing_keys_are_refused(tmp_path, key):
+    write(tmp_path, {"1": ENTRY})
+    entry = {name: value for name, value in ENTRY.items() if name != key}
+    (tmp_path / "mapping_file.json").write_text(json.dumps({"1": entry}))
+    with pytest.raises(RetourError, match="entry '1'"):
+        Suite.load(tmp_path)
+
+
+def test_what_pie_bench_leaves_out_may_be_absent(tmp_path):
+    optional = ("blended_word", "editing_instruction")
+    entry = {name: value for name, value in ENTRY.items() if name not in optional}
+    (item,) = Suite.load(write(tmp_path, {"1": {**entry, "editing_type_id": 1}}))
+    assert item.words is None and item.instruction == "" and item.kind == "change_object"
+
+
+def test_the_ten_types_have_their_names(tmp_path):
+    entries = {
+        f"{n}": {**ENTRY, "editing_type_id": f"{n}", "image_path": f"{n}.png"} for n in range(10)
+    }
+    kinds = [item.kind for item in Suite.load(write(tmp_path, entries))]
+    assert kinds == [KINDS[f"{n}"] for n in range(10)] and kinds[0] == "random"
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    folder = tmp_path / "set"
+    write(folder, {"1": ENTRY})
+    image = folder / "annotation_images" / ENTRY["image_path"]
+    image.rename(tmp_path / "secret.jpg")
+    image.symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(RetourError, match="outside"):
+        Suite.load(folder)
+    image.unlink()
+    image.symlink_to(image)
+    with pytest.raises(RetourError, match="cannot be|does not exist"):
+        Suite.load(folder)
+
+
+def test_an_enormous_mapping_is_refused_unread(tmp_path):
+    write(tmp_path, {"1": ENTRY})
+    with (tmp_path / "mapping_file.json").open("r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(RetourError, match="no benchmark set needs more"):
+        Suite.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"P6 100000 100000 255\n", "100,000 x 100,000"), (None, "damaged")],
+)
+def test_hostile_images_are_refused_when_they_are_needed(tmp_path, content, message):
+    write(tmp_path, {"1": {**ENTRY, "edited_image_path": None}}, size=(64, 64))
+    path = tmp_path / "annotation_images" / ENTRY["image_path"]
+    path.write_bytes(path.read_bytes()[:-60] if content is None else content)
+    (item,) = Suite.load(tmp_path)
+    with pytest.raises(RetourError, match=message):
+        item.mask()
+    with pytest.raises(RetourError, match=message):
+        item.image  # noqa: B018
 
 
 def test_a_damaged_image_is_refused_when_it_is_needed(tmp_path):

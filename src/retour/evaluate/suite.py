@@ -7,7 +7,8 @@ A folder holds `mapping_file.json`, which maps an id to
 
 and `annotation_images/<image_path>`. The mask is a flat list [start, length, start, length,
 ...] of runs over the image in row-major order; it marks the pixels that an edit may change.
-Square brackets in prompts mark the words that differ, and are stripped. `blended_word` is
+Square brackets in prompts mark the words that differ, and are stripped. Ids serve as file names of
+results, so they hold letters, digits, dots, dashes and underscores alone. `blended_word` is
 "source-word target-word", or "". The paired set adds `edited_image_path` (inside
 `edited_images/`): the *true* edited image, equal to the source outside the mask; and `split`,
 the part of the data whose concepts it shows.
@@ -19,6 +20,7 @@ Reference: Ju et al., "Direct Inversion: Boosting Diffusion-based Editing with 3
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -49,6 +51,8 @@ KINDS = {
     "9": "change_style",
     "10": "change_position",
 }
+SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LARGEST_MAPPING = 256 * 2**20
 _TEXTS = ("image_path", "original_prompt", "editing_prompt")
 
 
@@ -179,11 +183,18 @@ class Suite:
 def _read_mapping(folder: Path) -> Mapping[str, Any]:
     path = folder / MAPPING
     try:
+        if path.stat().st_size > LARGEST_MAPPING:
+            raise RetourError(
+                f"'{path}' has {path.stat().st_size:,} bytes, no benchmark set needs more than "
+                f"{LARGEST_MAPPING:,}: download the set again."
+            )
         mapping = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RetourError(
             f"'{folder}' is not a benchmark set: it has no {MAPPING}; name the folder that has it."
         ) from None
+    except RetourError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise RetourError(f"cannot read '{path}' ({error}): download the set again.") from error
     if not isinstance(mapping, dict) or not mapping:
@@ -195,10 +206,21 @@ def _item(folder: Path, key: str, entry: Any, border: bool) -> Item:
     where = f"entry {key!r} of '{folder / MAPPING}'"
     if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in _TEXTS):
         raise RetourError(f"{where} lacks one of {', '.join(_TEXTS)}: download the set again.")
+    if not SAFE_ID.fullmatch(key):
+        raise RetourError(
+            f"{where} cannot be a file name: use letters, digits, dots, dashes and underscores."
+        )
+    if not plain_prompt(entry["editing_prompt"]):
+        raise RetourError(f"{where} has an empty editing_prompt: say what the edit shall show.")
+    type_id = str(entry.get("editing_type_id"))
+    if type_id not in KINDS:
+        raise RetourError(
+            f"{where} has the editing_type_id {type_id!r}: it must be one of {', '.join(KINDS)}."
+        )
     edited = entry.get("edited_image_path")
     return Item(
         id=key,
-        type_id=str(entry.get("editing_type_id", "0")),
+        type_id=type_id,
         source=plain_prompt(entry["original_prompt"]),
         target=plain_prompt(entry["editing_prompt"]),
         words=_words(entry.get("blended_word", "")),
@@ -213,7 +235,7 @@ def _item(folder: Path, key: str, entry: Any, border: bool) -> Item:
 
 def plain_prompt(prompt: str) -> str:
     """A prompt without the square brackets that mark differing words, single-spaced."""
-    return " ".join(prompt.replace("[", " ").replace("]", " ").split())
+    return " ".join(prompt.replace("[", "").replace("]", "").split())
 
 
 def _words(blended: Any) -> tuple[str, str] | None:
@@ -223,9 +245,15 @@ def _words(blended: Any) -> tuple[str, str] | None:
 
 def _inside(folder: Path, name: Any, where: str) -> Path:
     path = folder / str(name)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # zero bytes, endless names, looped links
+        raise RetourError(
+            f"{where} names a file that cannot be ({str(name)[:80]!r}): get the set again."
+        ) from error
+    if not inside:
         raise RetourError(f"{where} points outside of its folder ({name!r}): distrust this set.")
-    if not path.is_file():
+    if not there:
         raise RetourError(f"{where} names '{path}', which does not exist: get the set again.")
     return path
 

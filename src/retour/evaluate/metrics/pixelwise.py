@@ -13,7 +13,8 @@ change; the background is the rest, :math:`n` of the image's :math:`N` pixels. T
 Where there is no background the answer is NaN, which averages leave out.
 
 SSIM is that of Wang et al.: Gaussian windows of 11 x 11 (:math:`\sigma = 1.5`), constants 0.01 and
-0.03, windows that leave the image left out.
+0.03. ``strict`` leaves out the windows that leave the image; ``pie_compat`` mirrors the image at
+its edges, as the evaluator's library does.
 
 Reference: Ju et al., 2023, arXiv 2310.01506; Wang et al., "Image quality assessment: from error
 visibility to structural similarity", 2004.
@@ -115,17 +116,17 @@ def ssim(
 ) -> float:
     """Structural similarity over the background, at most 1.
 
-    Arguments as `mse`'s. NaN where no whole window has its centre in the background, so also for
-    images below 11 pixels a side.
+    Arguments as `mse`'s. NaN for images below 11 pixels a side, and where (strict) no whole window
+    has its centre in the background.
     """
     keep = background(a, b, edited)
     check_convention(convention)
     if min(a.shape[-2:]) < WINDOW or not keep.any():
         return math.nan
-    weight = keep.to(torch.float64)
+    weight, margin = keep.to(torch.float64), WINDOW // 2
     if convention == "pie_compat":
-        return float(_ssim_map(a * weight, b * weight, torch.ones_like(weight)).mean())
-    margin = WINDOW // 2
+        a, b = (F.pad((x * weight)[None], (margin,) * 4, mode="reflect")[0] for x in (a, b))
+        return float(_ssim_map(a, b, torch.ones_like(a[0])).mean())
     centres = keep[margin:-margin, margin:-margin]
     return float(_ssim_map(a, b, weight)[:, centres].mean())
 

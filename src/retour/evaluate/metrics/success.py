@@ -13,9 +13,10 @@ What can be measured in the pixels is measured; only what needs eyes is put to a
 | add object | as object, on the region alone, cut out and set on the border's colour | either |
 | style | the new caption scores best among those of the three styles | emoji-clip |
 
-The thresholds were set so that true edits pass and unchanged inputs do not; of the shipped set all
-do where colours are measured, and 92 % or more of the others' verdicts are right on each side
-except for added objects (the test of this module has the figures).
+The thresholds were set so that true edits pass and unchanged inputs do not. Of the 168 pairs that
+ship with retour 164 true edits pass (style fails 3, object and add 1 at most), and 5 unchanged
+inputs (style 3, object 2); where colours are measured no verdict is wrong.
+
 What this cannot judge: how well things are drawn, whether a moved or recoloured object is still
 the same one, and whether the rest was kept (the background metrics tell). The networks know emoji
 scenes of 64 pixels alone. Other kinds, and prompts that are not built like the paired set's
@@ -44,7 +45,7 @@ from .structure import CLIP
 # Euclidean distance of colours in [0, 1]^3 below which two are taken for the same.
 SAME = 0.2
 CLEARED = 0.9
-VIVID = 0.3
+VIVID, DARK = 0.3, 0.2
 LEAST = 0.01
 FRAME = 2
 BEST = 5
@@ -204,7 +205,7 @@ def cut_out(image: Tensor, mask: Tensor) -> Tensor:
 def vivid_colour(image: Tensor, mask: Tensor) -> str | None:
     """Name of the object colour whose hue most of the vivid pixels under a mask have, if any."""
     rgb = image[:, mask & apart(image)].T.double().cpu().numpy()
-    rgb = rgb[(saturation(rgb) > VIVID) & (rgb.max(-1) > VIVID)]
+    rgb = rgb[(saturation(rgb) > VIVID) & (rgb.max(-1) > DARK)]
     if len(rgb) < LEAST * int(mask.sum()):
         return None
     names = list(OBJECT_COLOURS)
