@@ -3,8 +3,9 @@
 Columns: `image` and `target`; and, where wanted, `source` (else the caption proposer says what the
 picture shows), `inverter` (else the editor's own), `editor`, `steps`, `guidance`, `mask` and
 `options`. Options are `key=value` pairs with blanks or semicolons between, in JSON lines also an
-object; a key is the editor's, or `NAME.key` of the inverter or editor of that name. Pictures and
-masks are named from the folder that holds them, and nothing outside of it is read.
+object; a key is the editor's, or `NAME.key` of the inverter or editor of that name (`inverter.key`
+where both have the same). Pictures and masks are named from the folder that holds them, and nothing
+outside of it is read.
 """
 
 from __future__ import annotations
@@ -211,13 +212,18 @@ def _run(given: Mapping[str, Any], model: Model, *, masked: bool) -> Run:
 
 def _options(given: Any, inverter: str, editor: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the inverter and of the editor."""
-    halves: dict[str, dict[str, Any]] = {inverter: {}, editor: {}}
+    up: dict[str, Any] = {}
+    down: dict[str, Any] = {}
     for key, value in (given if isinstance(given, dict) else _pairs(given)).items():
         name, dot, rest = key.partition(".")
-        if dot and name not in halves:
+        option = (rest if dot else name).replace("-", "_")
+        if not dot or name in ("editor", editor):
+            down[option] = value
+        elif name in ("inverter", inverter):
+            up[option] = value
+        else:
             raise RetourError(f"option {key!r} is of {name!r}, which this line does not run")
-        halves[name if dot else editor][(rest if dot else key).replace("-", "_")] = value
-    return halves[inverter], halves[editor]
+    return up, down
 
 
 def _pairs(text: Any) -> dict[str, str]:
