@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/retour demo
@@ -24,8 +24,12 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in site/index.html"
+
 clean:
-	rm -rf $(VENV) build dist src/retour.egg-info
+	rm -rf $(VENV) build dist site src/retour.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 define TOO_OLD
@@ -47,4 +51,8 @@ $(VENV)/.installed: $(SOURCES)
 
 $(VENV)/.installed-test: $(SOURCES)
 	$(call install,[test])
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(SOURCES)
+	$(call install,[docs])
 	@touch $@ $(VENV)/.installed
