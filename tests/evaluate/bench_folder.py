@@ -21,8 +21,8 @@ METRICS = {
 BACKBONE = {"convention": "strict", "backbone": "emoji-clip"}
 
 
-def build(folder, limit=8, runs=RUNS, steps=(20,), prompt=None, plan=None):
-    """Write a folder; `prompt` replaces the first source prompt. Returns the folder."""
+def build(folder, limit=8, runs=RUNS, steps=(20,), prompts=None, plan=None):
+    """Write a folder and return it; `prompts` are a source and a target for every item."""
     rng = np.random.default_rng(0)
     items = list(Suite.paired().select(limit=limit))
     for item in items:
@@ -38,10 +38,9 @@ def build(folder, limit=8, runs=RUNS, steps=(20,), prompt=None, plan=None):
             rows += _rows(rng, folder, label, items, run.split("+"), count, 0.25 + 0.2 * k)
     for label in REFERENCES:
         rows += _rows(rng, folder, label, items, ("", ""), None, 0.0)
-    if prompt is not None:
-        for row in rows[:: len(items)]:
-            row["source"] = prompt
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "results.parquet")
+    if prompts is not None:
+        rows = [{**row, "source": prompts[0], "target": prompts[1]} for row in rows]
+    write(folder, rows)
     facts = {key: {**BACKBONE, **fact} for key, fact in METRICS.items()}
     (folder / "summary.json").write_text(json.dumps({"metrics": facts}))
     told = {
@@ -58,6 +57,16 @@ def build(folder, limit=8, runs=RUNS, steps=(20,), prompt=None, plan=None):
     }
     (folder / "plan.json").write_text(json.dumps(told))
     return folder
+
+
+def rows_of(folder):
+    """The rows of a folder's results."""
+    return parquet.read_table(folder / "results.parquet").to_pylist()
+
+
+def write(folder, rows):
+    """Write rows as a folder's results."""
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "results.parquet")
 
 
 def _made(path):

@@ -27,7 +27,7 @@ SETTINGS = ("inverter", "editor", "steps", "guidance", "batch")
 NOT_VALUES = {"run", "item", "image", *TEXTS, *SETTINGS}
 COSTS = (
     *("nfe_full", "nfe", "nfe_inversion", "nfe_edit"),
-    *("seconds", "seconds_inversion", "seconds_edit", "peak_mib"),
+    *("seconds_full", "seconds", "seconds_inversion", "seconds_edit", "peak_mib"),
 )
 
 
@@ -110,8 +110,8 @@ class Bench:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of edit, in the order of the suite."""
-        return tuple(dict.fromkeys(edit.kind for edit in self.edits))
+        """Kinds of edit that are named, in the order of the suite."""
+        return tuple(dict.fromkeys(edit.kind for edit in self.edits if edit.kind))
 
     def of_kind(self, kind: str | None) -> np.ndarray:
         """Which items are of a kind, (items,) bool; None takes all."""

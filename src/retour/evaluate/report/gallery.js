@@ -48,19 +48,20 @@ function fillCard(card) {
   if (pictures.truth) given.push(["True edit", pictures.truth]);
   strip.append(...given.map(([name, uri]) => shot(name, uri, pictures, { fixed: true })));
   data.runs.forEach((run, k) => {
-    const options = { run: k, heat: pictures.attention[k], item };
+    const options = { run: k, heat: pictures.attention[k], words: pictures.words[k], item };
     strip.append(shot(run.label, pictures.runs[k], pictures, options));
   });
+  card.classList.add("filled");
   seen.unobserve(card);
 }
 
 /** One picture with its layers and its name. */
-function shot(name, uri, pictures, { fixed = false, run = null, heat = null, item = null }) {
+function shot(name, uri, pictures, { fixed = false, run = null, heat = null, words = "", item = null }) {
   const image = (source, kind, alt) => make("img", { src: source, class: kind, alt, decoding: "async" });
   const layers = uri
     ? [
         image(uri, null, name),
-        heat ? image(heat, "layer heat", `attention to ${pictures.words}`) : null,
+        heat ? image(heat, "layer heat", `attention to ${words}`) : null,
         pictures.mask ? image(pictures.mask, "layer mask", "") : null,
       ]
     : [make("span", { class: "missing" }, "none")];
@@ -71,7 +72,8 @@ function shot(name, uri, pictures, { fixed = false, run = null, heat = null, ite
     frame.addEventListener("click", () => openViewer(item, run));
   }
   const value = run === null ? null : make("span", { class: "value" }, valueText(item, run));
-  const text = make("figcaption", {}, name, value);
+  const sought = heat && words ? make("span", { class: "sought" }, `map of ${words}`) : null;
+  const text = make("figcaption", {}, name, value, sought);
   const shown = run === null || shownRuns.has(run);
   return make("figure", { class: fixed ? "shot fixed" : "shot", "data-run": run ?? "", hidden: !shown }, frame, text);
 }

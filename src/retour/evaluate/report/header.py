@@ -20,9 +20,9 @@ def title(bench: Bench) -> str:
 def lead(bench: Bench) -> str:
     """One sentence: how much was compared."""
     runs = sum(not run.reference for run in bench.runs)
-    kinds = len(bench.kinds)
+    kinds = f" of {len(bench.kinds)} kinds" if len(bench.kinds) > 1 else ""
     return (
-        f"{_count(runs, 'run')} of {_count(len(bench.edits), 'edit')} of {_count(kinds, 'kind')}, "
+        f"{_count(runs, 'run')} of {_count(len(bench.edits), 'edit')}{kinds}; "
         "means with 95 % bootstrap intervals."
     )
 
@@ -39,11 +39,18 @@ def facts(bench: Bench) -> list[tuple[str, str]]:
         ("suite fingerprint", fingerprint(plan, "suite")),
         ("model", name(plan.get("model"))),
         ("model fingerprint", fingerprint(plan, "model")),
+        ("runs on", _machine(plan)),
         ("seed", _text(plan.get("seed"))),
-        ("batch", _text(plan.get("batch"))),
-        ("created", _text(plan.get("created")).replace("T", " ")),
+        ("created", _text(plan.get("created")).replace("T", " ").replace("+00:00", " UTC")),
     ]
     return [(key, value) for key, value in found if value]
+
+
+def _machine(plan: dict[str, Any]) -> str:
+    """Device and type of the weights."""
+    model = plan.get("model")
+    told = [model.get(key) for key in ("device", "dtype")] if isinstance(model, dict) else []
+    return ", ".join(_text(part).removeprefix("torch.") for part in told if part)
 
 
 def versions(bench: Bench) -> str:

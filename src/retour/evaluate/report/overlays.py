@@ -94,8 +94,8 @@ def _draw(bench: Bench, model: Model, batch: Sequence[tuple[int, int]]) -> None:
     shown = explanation.explain(
         pictures, [prompt for prompt, _ in told], model=model, steps=STEPS, guidance=1.0
     )
-    for place, panel, (prompt, words) in zip(batch, shown.panels, told, strict=True):
-        run, item = place
+    for panel in shown.panels:
+        (run, item), (prompt, words) = batch[panel.image], told[panel.image]
         path = attention_path(bench, bench.runs[run].label, bench.edits[item].id)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(_overlay(panel, words), path, {"words": words, "prompt": prompt})

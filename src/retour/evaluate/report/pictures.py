@@ -44,7 +44,7 @@ def gallery(bench: Bench, limit: int) -> dict[int, dict[str, Any]]:
 
     Returns:
         Place of the edit -> input, truth, mask, runs, attention as data URIs (None where there is
-        none), and the words that the attention is of; by place.
+        none), and the words that the attention of each run is of; by place.
 
     Raises:
         RetourError: a picture is missing or damaged, whether or not it would have fitted.
@@ -70,7 +70,7 @@ def _pictures(bench: Bench, item: int) -> dict[str, Any]:
         "mask": None if mask is None else data_uri(mask_overlay(read_image(mask))),
         "runs": [_uri(path) for path in outputs],
         "attention": [_uri(path) for path in attention],
-        "words": next((_words(path) for path in attention if path), ""),
+        "words": [_words(path) for path in attention],
     }
 
 
@@ -85,7 +85,9 @@ def attention_path(bench: Bench, label: str, item: str) -> Path:
     return bench.inside(f"{ATTENTION}/{label}/{item}.png")
 
 
-def _words(path: Path) -> str:
+def _words(path: Path | None) -> str:
+    if path is None:
+        return ""
     try:
         return ", ".join(str(word) for word in read_record(path).get("words", ()))
     except RetourError:

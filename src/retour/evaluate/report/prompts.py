@@ -6,6 +6,8 @@ import re
 from difflib import SequenceMatcher
 
 Marked = list[tuple[str, bool]]
+# Words that stand for nothing to be seen; they are left out where others tell the edit.
+EMPTY = {*("a", "an", "the", "and", "or", "of", "on", "in", "at", "to", "with", "by", "is", "its")}
 _PUNCTUATION = re.compile(r"^\W+|\W+$")
 
 
@@ -22,9 +24,10 @@ def compare(source: str, target: str) -> tuple[Marked, Marked]:
 
 
 def changed(marked: Marked) -> list[str]:
-    """The words that differ, without punctuation around them, each once."""
+    """The words that tell what differs, without punctuation around them, each once."""
     bare = (_PUNCTUATION.sub("", word) for word, differs in marked if differs)
-    return list(dict.fromkeys(word for word in bare if word))
+    found = list(dict.fromkeys(word for word in bare if word))
+    return [word for word in found if word.lower() not in EMPTY] or found
 
 
 def told_by(source: str, target: str) -> tuple[str, list[str]]:

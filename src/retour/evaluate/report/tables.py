@@ -10,6 +10,7 @@ a run whose paired difference from the best does not exclude zero.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -22,22 +23,27 @@ from .folder import COSTS, Bench
 COST_TITLES = {
     "nfe_full": ("NFE", "network evaluations per image, as if nothing came from the cache"),
     "nfe": ("NFE spent", "network evaluations per image that this run spent"),
-    "nfe_inversion": ("NFE inversion", "network evaluations per image, inversion"),
-    "nfe_edit": ("NFE edit", "network evaluations per image, edit"),
-    "seconds": ("Seconds", "seconds per image that this run spent"),
-    "seconds_inversion": ("Seconds inversion", "seconds per image, inversion"),
-    "seconds_edit": ("Seconds edit", "seconds per image, edit"),
-    "peak_mib": ("Peak MiB", "peak memory of the process or its GPU"),
+    "nfe_inversion": ("NFE inversion", "network evaluations per image of the inversion"),
+    "nfe_edit": ("NFE edit", "network evaluations per image of the edit"),
+    "seconds_full": ("Seconds", "seconds per image, as if nothing came from the cache"),
+    "seconds": ("Seconds spent", "seconds per image that this run spent"),
+    "seconds_inversion": ("Seconds inversion", "seconds per image of the inversion"),
+    "seconds_edit": ("Seconds edit", "seconds per image of the edit"),
+    "peak_mib": ("Peak MiB", "peak memory above the start of the work, of the GPU or the process"),
 }
 SHOWN = (
-    *("background_psnr", "background_ssim", "background_lpips", "structure_distance"),
-    *("clip_edited", "truth_distance", "edit_success", "nfe_full", "seconds", "peak_mib"),
+    *("background_psnr", "background_lpips", "background_perceptual", "structure_distance"),
+    *("clip_edited", "truth_distance", "edit_success", "nfe_full", "seconds_full", "peak_mib"),
 )
-PRESERVATION = ("background_psnr", "background_ssim", "background_lpips", "structure_distance")
+PRESERVATION = (
+    *("background_psnr", "background_ssim", "background_lpips"),
+    *("background_perceptual", "structure_distance"),
+)
 FIDELITY = ("clip_edited", "edit_success", "clip_whole", "truth_distance")
 ERRORS = ("truth_distance", "background_mse", "structure_distance")
 MAX_RUNS_COMPARED = 40
 SIGNIFICANT = 3
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,6 @@ def columns(bench: Bench) -> tuple[Column, ...]:
     metrics.sort(key=lambda key: SHOWN.index(key) if key in SHOWN else len(SHOWN))
     costs = [key for key in COSTS if key in bench.values]
     shown = set(SHOWN) & set(bench.values) or set(metrics)
-    if "nfe_full" not in bench.values:
-        shown |= {"nfe"} & set(costs)
     return tuple(_column(bench, key, key in shown) for key in (*metrics, *costs))
 
 
@@ -84,18 +88,24 @@ def _column(bench: Bench, key: str, shown: bool) -> Column:
         title, note = COST_TITLES[key]
         return Column(key, title, "", "lower", note, True, digits, shown)
     facts = bench.facts.get(key, {})
-    better = facts.get("better")
+    title, better = str(facts.get("title") or key.replace("_", " ")), facts.get("better")
     notes = (facts.get("convention"), facts.get("backbone"))
     return Column(
         key,
-        str(facts.get("title") or key.replace("_", " ")),
-        str(facts.get("unit") or ""),
+        title[:1].upper() + title[1:],
+        spoken_unit(str(facts.get("unit") or "")),
         better if better in ("higher", "lower") else "",
         ", ".join(str(note) for note in notes if note),
         False,
-        digits,
+        max(1, digits),
         shown,
     )
+
+
+def spoken_unit(unit: str) -> str:
+    """A unit as it is printed: `x 1e-3` with a raised exponent."""
+    found = re.fullmatch(r"x 1e(-?\d+)", unit)
+    return f"× 10{found[1].translate(_RAISED)}" if found else unit
 
 
 def _digits(values: np.ndarray) -> int:

@@ -17,7 +17,7 @@ function fillViewer() {
   byId("viewer-prompts").replaceChildren(...prompts(item));
   const shots = [["Input", pictures.input], [run.label, pictures.runs[view.run]], ["True edit", pictures.truth]];
   const heat = pictures.attention[view.run];
-  if (heat) shots.push([`Attention: ${pictures.words}`, heat]);
+  if (heat) shots.push([`Attention: ${pictures.words[view.run]}`, heat]);
   const known = shots.filter(([name, uri]) => uri || name !== "True edit");
   byId("viewer-pictures").replaceChildren(...known.map(([name, uri]) => shot(name, uri, pictures, {})));
   byId("viewer-pictures").className = cards.className;
