@@ -75,10 +75,24 @@ def test_rate_zero_is_guidance_with_the_shifted_embedding(family, inv, negative)
         given["uncond"] = inv.condition
     wanted = edit(family, Reprompt(), inv, TARGET, extra=[Given(**given)])["target"]
     options = {"source_sentences": ends[0], "target_sentences": ends[1], "negative": negative}
-    found = edit(family, zero(rate=0.0, **options), inv, TARGET)["target"]
+    found = edit(family, zero(rate=0.0, push=1.0, **options), inv, TARGET)["target"]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # of float32 embeddings
-    other = edit(family, zero(rate=0.0, negative=negative), inv, TARGET)["target"]
+    other = edit(family, zero(rate=0.0, push=1.0, negative=negative), inv, TARGET)["target"]
     assert not torch.allclose(found, other, atol=1e-3)
+
+
+def test_against_the_caption_targets_are_pushed_less(family, inv):
+    """A quarter of the guidance beyond 1, which is 5 here: 2; none against the null prompt."""
+    given = Given(uncond=inv.condition, scale=2.0)
+    wanted = edit(family, Reprompt(), inv, TARGET, extra=[given])["target"]
+    close(edit(family, zero(rate=0.0), inv, TARGET)["target"], wanted)
+    found = [
+        edit(family, zero(rate=0.0, negative="inversion", push=p), inv, TARGET)["target"]
+        for p in (0.25, 1.0)
+    ]
+    assert torch.equal(*found)
+    with pytest.raises(RetourError, match="push is 2"):
+        zero(push=2.0)
 
 
 def test_without_sentences_the_prompts_are_the_direction(family, inv):

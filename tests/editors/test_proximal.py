@@ -55,6 +55,20 @@ def test_the_operators_on_the_noise(prox, q):
     assert ((found.eps != uncond.eps).double().mean() - (1 - q)).abs() < 0.01
 
 
+def test_places_are_kept_or_left_with_all_of_their_channels():
+    """The published rule leaves channels of a place behind, which is another colour."""
+    cond, uncond, *_ = pair()
+    size = (cond.velocity - uncond.velocity).square().mean(1, keepdim=True).sqrt()
+    kept = size > thresholds(size, 0.7)
+    found = Proximal(0.7, each="place")(cond, uncond, scale(5.0))
+    plain = CFG()(cond, uncond, scale(5.0))
+    wanted = torch.where(kept, plain.eps, uncond.eps)
+    torch.testing.assert_close(found.eps, wanted, rtol=1e-10, atol=1e-10)
+    alone = Proximal(0.7)(cond, uncond, scale(5.0))
+    mixed = (alone.eps != uncond.eps).double().mean(1)
+    assert ((0 < mixed) & (mixed < 1)).any()
+
+
 def test_the_published_operator_and_its_mask():
     """Clamp over both rows, of which the source's differences are zeros; mask of what is left."""
     cond, uncond, *_ = pair(1)
@@ -146,7 +160,7 @@ def test_identical_prompts_return_the_image(family):
 
 @pytest.mark.parametrize("family", ["sd1", "sd3"])
 def test_unedited_places_return_exactly(family):
-    inversion, found = edited(family, dilation=0, quantile=0.9, edited="step")
+    inversion, found = edited(family, dilation=0, quantile=0.9, edited="step", each="number")
     moved = (found["target"] != inversion.latents).double().mean()
     assert 0.05 < moved <= 0.1 + 1 / 256
     assert torch.equal(found["source"], inversion.latents)
@@ -163,7 +177,7 @@ def test_dilation_widens_the_edit():
 def test_what_was_edited_in_any_step_stays_so():
     shares = {}
     for kind in ("step", "run"):
-        inversion, found = edited(dilation=0, quantile=0.9, edited=kind)
+        inversion, found = edited(dilation=0, quantile=0.9, edited=kind, each="number")
         shares[kind] = float((found["target"] != inversion.latents).double().mean())
     assert 0.1 < shares["run"] < 1 and shares["step"] < shares["run"] <= 0.5 + 5 / 256
 
@@ -217,7 +231,10 @@ def test_an_inverter_s_own_negative_prompt_stays():
     [kept] = guide.branches(step, (target,))
     assert kept.uncond is own and kept.scale == 5.0
     [changed] = guide.branches(step, (replace(target, uncond=model.embed([""])),))
-    assert changed.uncond.prompts == (SOURCE,)
+    assert changed.uncond.prompts == (SOURCE,) and changed.scale == 5.0
+    less = InversionGuidance(inversion, Proximal(), push=0.25)
+    [changed] = less.branches(step, (replace(target, uncond=model.embed([""])),))
+    assert changed.scale == 2.0 and less.branches(step, (target,))[0].scale == 5.0
     [bare] = guide.branches(step, (replace(target, uncond=None),))
     assert bare.uncond is None
 
@@ -302,6 +319,8 @@ def test_points_need_no_attention_to_be_thresholded():
         ({"pull": -0.1}, "pull is -0.1"),
         ({"pull_last": 2.0}, "pull_last is 2.0"),
         ({"dilation": -1}, "dilation is -1"),
+        ({"push": 1.5}, "push is 1.5"),
+        ({"each": "row"}, "row"),
         ({"prox": "l2"}, "l2"),
         ({"cross_steps": 2.0}, "cross_steps is 2.0"),
     ],

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import retour
 from editors.runs import noise
+from inverters.jobs import tiny_model, tiny_picture
 from retour.core.branches import Layout
 from retour.core.grid import Grid
 from retour.core.path import levels
@@ -129,3 +131,47 @@ def test_a_batch_of_targets_is_a_loop():
                 x0[rows], eps[rows], step, anchor=anchor[:, image : image + 1], radius=0
             )
             torch.testing.assert_close(whole[rows[1]], alone[1], rtol=0, atol=1e-12)
+
+
+# --- The editor -----------------------------------------------------------------------------------
+
+SOURCE, TARGET = "a red apple on a cat", "a green apple on a cat"
+
+
+def invert(method="uniform-maps", steps=5, **options):
+    return retour.invert(
+        tiny_model(), tiny_picture(), SOURCE, method=method, steps=steps, guidance=5.0, **options
+    )
+
+
+def test_the_editor_is_masactrl_under_the_inversions_mask():
+    inversion = invert(mask_until=1.0)
+    found, same = (
+        retour.edit(inversion, TARGET, editor=e).latents for e in ("uniform-maps", "masactrl")
+    )
+    assert torch.equal(found, same)
+    assert not torch.equal(found, retour.edit(invert("ddim"), TARGET, editor="masactrl").latents)
+
+
+def test_its_numbers_are_in_place_of_the_inversions():
+    changes = {"quantile": 0.9, "mask_until": 1.0, "clean_source": True}
+    inversion = invert()
+    found = retour.edit(inversion, TARGET, editor="uniform-maps", **changes)
+    told = retour.edit(inversion.with_options(**changes), TARGET, editor="masactrl")
+    assert torch.equal(found.latents, told.latents) and torch.equal(found.source, told.source)
+
+
+def test_never_masked_it_is_masactrl_bit_for_bit():
+    found = retour.edit(invert(), TARGET, editor="uniform-maps", mask_until=0.0).latents
+    assert torch.equal(found, retour.edit(invert("ddim"), TARGET, editor="masactrl").latents)
+
+
+def test_it_needs_the_faithful_track():
+    with pytest.raises(retour.RetourError, match="does not go with inverter 'ddim'.*uniform-maps"):
+        retour.edit(invert("ddim"), TARGET, editor="uniform-maps")
+
+
+@pytest.mark.parametrize(("option", "value"), [("quantile", 1.2), ("mask_until", -0.1)])
+def test_settings_out_of_range_are_refused(option, value):
+    with pytest.raises(retour.RetourError, match=f"{option} is {value}: choose a number"):
+        retour.edit(invert(), TARGET, editor="uniform-maps", **{option: value})

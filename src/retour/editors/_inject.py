@@ -49,6 +49,15 @@ def embed(job: EditJob, prompt: str) -> Condition:
     return job.model.embed([prompt] * job.inversion.images, size=size)
 
 
+def pushed(scale: float, part: float) -> float:
+    """Guidance scale of which a `part` of what lies beyond 1 is left.
+
+    For guidance against a source prompt: what it amplifies is the whole difference that the edit
+    makes, not one between a prompt and none.
+    """
+    return 1 + part * (scale - 1)
+
+
 def part_of(fraction: float, whole: int) -> int:
     """How many steps (or layers) that fraction of them is, rounded down."""
     return int(round(fraction * whole, 9))

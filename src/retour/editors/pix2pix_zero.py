@@ -22,7 +22,9 @@ option ``target_too=True``.
 
 *Guidance.* The negative prompt is the source's caption, as published (``negative="source"``): the
 prediction is pushed from the caption towards the edit, and the source branch, whose two halves are
-then one, reconstructs without guidance. Do not combine that with offsets that were stored for a
+then one, reconstructs without guidance. Against a caption the edit's own guidance oversaturates
+(see :mod:`retour.editors.proximal`), so targets are pushed at :math:`1 + p\,(w - 1)`, p = 0.25;
+``push=1`` is as published. Do not combine that with offsets that were stored for a
 guided source (``form="two-pass"``): ``negative="inversion"`` keeps both as they were.
 
 Where we deviate: as in the paper there is one :math:`x_t`, moved by the conditional row's gradient.
@@ -54,7 +56,7 @@ from ..core.state import State
 from ..errors import RetourError, check_range
 from ..inverters.pix2pix_zero import ZERO_PAPER
 from ._energy import Internals, Reads, descent, look
-from ._inject import embed
+from ._inject import embed, pushed
 from .base import EditJob, Editor
 
 TEXT = Reads(maps="text")
@@ -70,6 +72,7 @@ class Pix2PixZeroOptions:
             source prompt.
         target_sentences: the same of its end; the target prompt then only names the result.
         negative: negative prompt of the guidance: the `source` prompt, or that of the `inversion`.
+        push: part of the guidance beyond 1 that is left against the source prompt; 1: all of it.
         halves: rows whose attention is held: the conditional one (`cond`), or `both`.
     """
 
@@ -77,6 +80,7 @@ class Pix2PixZeroOptions:
     source_sentences: str | None = None
     target_sentences: str | None = None
     negative: Literal["source", "inversion"] = "source"
+    push: float = 0.25
     halves: Literal["cond", "both"] = "cond"
 
 
@@ -98,6 +102,7 @@ class Pix2PixZero(Editor):
     def __init__(self, options: Pix2PixZeroOptions | None = None):
         self.options = Pix2PixZeroOptions() if options is None else options
         check_range("rate", self.options.rate, 0)
+        check_range("push", self.options.push, 0, 1)
         sides = (self.options.source_sentences, self.options.target_sentences)
         if any(sides) and not all(sides):
             raise RetourError(
@@ -145,9 +150,10 @@ class _Guidance(Control):
             # Both halves would see the caption, so guidance would do nothing.
             return replace(branch, uncond=self.source, scale=1.0) if captioned else branch
         condition = branch.condition if self.edited is None else self.edited
-        return replace(
-            branch, condition=condition, uncond=self.source if captioned else branch.uncond
-        )
+        if not captioned:
+            return replace(branch, condition=condition)
+        scale = pushed(branch.scale, self.options.push)
+        return replace(branch, condition=condition, uncond=self.source, scale=scale)
 
     def move(self, step: Step, denoise: Denoiser | Wrapped, state: State, layout: Layout) -> State:
         """One gradient step on the targets' latents."""

@@ -14,14 +14,25 @@ and two changes, which SPDInv and DCI edit with as well. With :math:`\delta = \e
 .. math:: z \leftarrow z - \eta\,(1 - M)\,(z - z^*)
 
 (*inversion guidance*): what is not being edited comes back as it was, exactly at :math:`\eta = 1`.
-M is one mask for each latent channel. The source has nothing to edit: its M is empty, and since its
-two halves are one it is carried without an unconditional row.
+In the paper M is one mask for each latent channel. The source has nothing to edit: its M is empty,
+and since its two halves are one it is carried without an unconditional row.
 
 Where we deviate: the published M is that of the step alone (``edited="step"``). Late steps find
 little left to change in places that earlier ones have edited, and pulling those back, channel by
 channel, punches holes of wrong colour into what was edited. That is plain to see where the edited
 thing covers more of the picture than the part 1 - q that a step may edit, as on small pictures of
 one object. So M holds here what was edited in any step so far (``edited="run"``).
+
+*Channels.* The paper's quantile is one of single numbers, so of a place that changes some channels
+are amplified and others left, which is a wrong colour: a white ground asked for in navy blue comes
+out green. Here a place is amplified or left as a whole, by the root mean square of its difference
+over the channels (``each="place"``); ``each="number"`` is the paper's.
+
+*Guidance.* A difference between two prompts is the whole edit already, and as large as the one
+between a prompt and none, or larger: amplified by the same w it oversaturates. The paper's answer
+is the threshold, which suffices where little changes. Here targets are also pushed less, at
+:math:`w' = 1 + p\,(w - 1)` with p = 0.25, wherever the negative prompt is the source's; ``push=1``
+is the edit's guidance as published.
 
 Thresholds are quantiles, so both act alike on noise, velocity and clean faces (here on the
 velocity, which is finite everywhere); each image of each branch has its own. Differences of the
@@ -65,10 +76,12 @@ from ..core.path import Prediction
 from ..core.registry import Paper, register
 from ..core.state import Inversion, State
 from ..errors import check_range
+from ._inject import pushed
 from .base import EditJob
 from .p2p import P2POptions, PromptToPrompt, Steps
 
 Prox = Literal["l0", "l1", "published"]
+Each = Literal["place", "number"]
 ROUNDING = 1e-5  # of the prediction: what equal prompts may differ by in a float32 network
 
 
@@ -79,12 +92,14 @@ class Proximal:
     Attributes:
         quantile: level of the threshold among an image's differences.
         prox: the operator, see the module.
+        each: what is kept or left: a `place` with all of its channels, or a single `number`.
         inner: rule that combines what is left.
         watch: told where each batch of predictions is edited, (B, C, h, w) bool, if given.
     """
 
     quantile: float = 0.7
     prox: Prox = "l0"
+    each: Each = "number"
     inner: Guidance = CFG()
     watch: Callable[[Tensor], None] | None = None
 
@@ -98,6 +113,8 @@ class Proximal:
     def __call__(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
         """Inner guidance on differences that were thresholded."""
         size = (cond.velocity - uncond.velocity).abs()
+        if self.each == "place":
+            size = size.square().mean(1, keepdim=True).sqrt().expand_as(size)
         limit = self.limit(size, uncond.velocity)
         if self.watch is not None:
             self.watch(size > (2 * limit if self.prox == "published" else limit))
@@ -135,6 +152,7 @@ class InversionGuidance(Control):
         dilation: radius by which edited places are dilated, in latent cells.
         remember: whether what was edited in an earlier step stays so.
         negative: whether the source prompt replaces the inversion's own negative prompt.
+        push: part of the guidance beyond 1 that is left where the source's is the negative prompt.
     """
 
     def __init__(
@@ -147,8 +165,10 @@ class InversionGuidance(Control):
         dilation: int = 1,
         remember: bool = True,
         negative: bool = True,
+        push: float = 1.0,
     ):
-        self.inversion, self.rule, self.negative = inversion, rule, negative
+        self.inversion, self.rule = inversion, rule
+        self.negative, self.push = negative, push
         self.pull, self.last, self.dilation, self.remember = pull, last, dilation, remember
         self._seen: list[Tensor] = []
         self._edited: dict[str, Tensor] = {}
@@ -165,10 +185,12 @@ class InversionGuidance(Control):
             return branch
         if self.negative and _same(negative, self.inversion.negative):
             negative = self.inversion.condition
-        if not _same(negative, branch.condition):
-            return replace(branch, uncond=negative)
-        self._unedited.add(branch.name)
-        return replace(branch, uncond=negative, scale=1.0)
+        if _same(negative, branch.condition):
+            self._unedited.add(branch.name)
+            return replace(branch, uncond=negative, scale=1.0)
+        against = _same(negative, self.inversion.condition)
+        scale = pushed(branch.scale, self.push) if against else branch.scale
+        return replace(branch, uncond=negative, scale=scale)
 
     def guidance(self, step: Step, rule: Guidance) -> Guidance:
         """The proximal rule around the run's own."""
@@ -236,6 +258,8 @@ class ProximalOptions(P2POptions):
         dilation: radius by which edited places are dilated, in latent cells.
         edited: places count as edited if they are in this step (`step`) or were in any (`run`).
         negative: the negative prompt: the source prompt, or what the inversion brings.
+        push: part of the guidance beyond 1 that is left against the source prompt; 1: all of it.
+        each: what is amplified or left: a `place` with all of its channels, or a single `number`.
     """
 
     mode: Literal["auto", "replace", "refine"] = "refine"
@@ -247,9 +271,11 @@ class ProximalOptions(P2POptions):
     dilation: int = 1
     edited: Literal["run", "step"] = "run"
     negative: Literal["source", "inversion"] = "source"
+    push: float = 0.25
+    each: Each = "place"
 
     def __post_init__(self) -> None:
-        for name in ("quantile", "pull", "pull_last"):
+        for name in ("quantile", "pull", "pull_last", "push"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("dilation", self.dilation, 0)
 
@@ -287,11 +313,12 @@ class ProximalEditor(PromptToPrompt):
         options = self.options
         guide = InversionGuidance(
             job.inversion,
-            Proximal(options.quantile, options.prox),
+            Proximal(options.quantile, options.prox, options.each),
             pull=options.pull,
             last=options.pull_last,
             dilation=options.dilation,
             remember=options.edited == "run",
             negative=options.negative == "source",
+            push=options.push,
         )
         return Chain([guide, super().control(job)])

@@ -19,10 +19,16 @@ clean there; with several targets, where any of them is.
 The algorithm box of the paper dilates what is *kept* (``dilate="keep"``); its code, followed here,
 dilates what is edited, which leaves a margin around edits.
 
+The paper's main editor is MasaCtrl, so ``uniform-maps`` is MasaCtrl under this mask, which the
+inverter of the same name brings along on its way back. The mask comes with any other editor too
+(``p2p`` is the paper's second); here its numbers are options of the edit as well, each in place of
+the inversion's own. The published runs invert the source branch under the prompt "" and keep it so:
+``prompt=""`` when inverting; with another one, as here by default, the source says what it shows.
+
 The control reads X off the latents before and after the solver's step (of which the DDIM step is
 linear), so it sees what the editor made of the predictions, and acts before blends do.
 
-Cost: none.
+Cost: that of the editor; the mask asks nothing.
 
 Reference: Mo et al., "Uniform Attention Maps: Boosting Image Fidelity in Reconstruction and
 Editing", WACV 2025, arXiv 2411.19652.
@@ -30,19 +36,31 @@ Editing", WACV 2025, arXiv 2411.19652.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.branches import Layout
-from ..core.control import Control
+from ..core.control import Chain, Control
 from ..core.grid import Step
 from ..core.path import Path, levels
+from ..core.registry import Paper, register
 from ..core.state import State
+from ..errors import check_range
+from ..inverters.base import Replay
+from .masactrl import MasaCtrl, MasaCtrlOptions
 
 Dilate = Literal["edit", "keep"]
+UNIFORM_PAPER = Paper(
+    "Uniform Attention Maps: Boosting Image Fidelity in Reconstruction and Editing",
+    "Mo, Wenyi and Zhang, Tianyu and Bai, Yalong and Su, Bing and Wen, Ji-Rong",
+    2024,
+    "2411.19652",
+    "WACV 2025",
+)
 
 # Predictions of the same thing by a float32 network differ by about as much: that is no edit.
 ROUNDING = 1e-6
@@ -116,3 +134,56 @@ def held(path: Path, step: Step, before: Tensor, after: Tensor) -> Tensor:
 def _grown(mask: Tensor, radius: int) -> Tensor:
     size = 2 * radius + 1
     return F.max_pool2d(mask.float(), size, stride=1, padding=radius) > 0
+
+
+class Anchored(Chain):
+    """A way back under an adaptive mask."""
+
+    def masked(self, **changes: Any) -> Anchored:
+        """The same way under a mask of other numbers."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class UniformEditOptions(MasaCtrlOptions):
+    """Options of MasaCtrl, and of the mask; None takes the inversion's.
+
+    Attributes:
+        quantile: level of the mask's threshold at the last step; the more, the less is edited.
+        mask_until: steps are masked below this fraction of the model's training times; 0: never.
+        clean_source: also give the source branch the faithful latents in the edited part.
+    """
+
+    quantile: float | None = None
+    mask_until: float | None = None
+    clean_source: bool | None = None
+
+
+@register(
+    "uniform-maps",
+    task="edit",
+    summary="MasaCtrl, anchored to a faithful track wherever source and target agree",
+    paper=UNIFORM_PAPER,
+    options=UniformEditOptions,
+    nfe="4N",
+    needs={"attention", "cross-attention"},
+    requires={"anchor"},
+    mate="uniform-maps",
+)
+class UniformEditor(MasaCtrl):
+    """MasaCtrl under the adaptive mask."""
+
+    options: UniformEditOptions
+
+    def __init__(self, options: UniformEditOptions | None = None):
+        super().__init__(UniformEditOptions() if options is None else options)
+        for name in ("quantile", "mask_until"):
+            if (value := getattr(self.options, name)) is not None:
+                check_range(name, value, 0, 1)
+
+    def replay(self, replay: Replay) -> Replay:
+        """The inverter's way, under this edit's mask."""
+        given = {n: getattr(self.options, n) for n in ("quantile", "mask_until", "clean_source")}
+        changes = {name: value for name, value in given.items() if value is not None}
+        assert isinstance(replay.control, Anchored)  # it is what provides the anchor
+        return replace(replay, control=replay.control.masked(**changes))

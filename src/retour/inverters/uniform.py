@@ -40,12 +40,12 @@ from torch import Tensor
 from ..attention.hooks import AttentionControl
 from ..attention.uniform import UniformMaps
 from ..core.branches import Branch, Layout
-from ..core.control import Chain, Control
+from ..core.control import Control
 from ..core.grid import Grid, Step
-from ..core.registry import Paper, get, register
+from ..core.registry import get, register
 from ..core.solver import Solver
 from ..core.state import Inversion, State
-from ..editors.uniform import AdaptiveMask, Dilate, held
+from ..editors.uniform import UNIFORM_PAPER, AdaptiveMask, Anchored, Dilate, held
 from ..errors import RetourError, check_range
 from .base import Job, Replay
 from .ddim import DDIMOptions
@@ -78,18 +78,12 @@ class UniformOptions(DDIMOptions):
     "uniform-maps",
     task="invert",
     summary="a faithful track with uniform text attention anchors the unedited part of edits",
-    paper=Paper(
-        "Uniform Attention Maps: Boosting Image Fidelity in Reconstruction and Editing",
-        "Mo, Wenyi and Zhang, Tianyu and Bai, Yalong and Su, Bing and Wen, Ji-Rong",
-        2024,
-        "2411.19652",
-        "WACV 2025",
-    ),
+    paper=UNIFORM_PAPER,
     options=UniformOptions,
     order=1,
     nfe="3N",
     needs={"cross-attention"},
-    provides={"trajectory"},
+    provides={"trajectory", "anchor"},
 )
 class UniformInversion:
     """Two tracks up; edits anchored to the second on the way down."""
@@ -128,22 +122,23 @@ class UniformInversion:
     def replay(self, inversion: Inversion) -> Replay:
         """The base's way back, anchored; alone, the uniform track."""
         back: Replay = self.base.replay(inversion)
-        control = _Back(inversion, [self._mask(inversion), back.control])
-        return replace(back, control=control, source_branch=True)
+        return replace(back, control=_Back(inversion, back.control), source_branch=True)
 
-    def _mask(self, inversion: Inversion) -> Control:
-        model, options = inversion.model, self.options
-        if model is None:
-            raise RetourError("this inversion has no model attached: call its attach(model) first")
-        return AdaptiveMask(
-            model.path,
-            inversion.extras["anchor"],
-            until=options.mask_until * model.train_steps,
-            quantile=options.quantile,
-            radius=options.dilation,
-            dilate=options.dilate,
-            clean_source=options.clean_source,
-        )
+
+def _mask(inversion: Inversion) -> AdaptiveMask:
+    """The adaptive mask that an inversion's options ask for."""
+    model, options = inversion.model, inversion.options
+    if model is None:
+        raise RetourError("this inversion has no model attached: call its attach(model) first")
+    return AdaptiveMask(
+        model.path,
+        inversion.extras["anchor"],
+        until=options["mask_until"] * model.train_steps,
+        quantile=options["quantile"],
+        radius=options["dilation"],
+        dilate=options["dilate"],
+        clean_source=options["clean_source"],
+    )
 
 
 def _shared(options: UniformOptions) -> dict[str, Any]:
@@ -158,17 +153,21 @@ class _Uniform(Control):
         return (UniformMaps("source"),)
 
 
-class _Back(Chain):
+class _Back(Anchored):
     """Edits go the base's way, masked; the source alone, a reconstruction, the uniform track.
 
     Args:
         inversion: with both tracks.
-        edits: what acts on edits.
+        base: the base's way.
     """
 
-    def __init__(self, inversion: Inversion, edits: Sequence[Control]):
-        super().__init__(edits)
-        self.inversion = inversion
+    def __init__(self, inversion: Inversion, base: Control):
+        super().__init__([_mask(inversion), base])
+        self.inversion, self.base = inversion, base
+
+    def masked(self, **changes: Any) -> _Back:
+        """The same way under a mask of other numbers."""
+        return _Back(self.inversion.with_options(**changes), self.base)
 
     def attention(self) -> Sequence[AttentionControl]:
         """The edits', and the maps where a branch has their name."""
