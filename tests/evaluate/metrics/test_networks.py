@@ -129,6 +129,21 @@ def test_clip_takes_pictures_as_its_own_processor_does(clip):
     assert (found - wanted).abs().max() <= 1.01 / 255
 
 
+def test_a_clip_may_bring_its_own_statistics(clip, tmp_path):
+    import json
+    import shutil
+
+    folder = shutil.copytree(clip[0], tmp_path / "own")
+    config = folder / "preprocessor_config.json"
+    config.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    image = noise(3, 16, 16)
+    own, usual = (metrics.ClipScorer(f).images([image]) for f in (folder, clip[0]))
+    assert not torch.allclose(own, usual, atol=1e-3)
+    config.write_text(json.dumps({"image_mean": 3}))
+    with pytest.raises(RetourError, match="does not say image_mean"):
+        metrics.ClipScorer(folder).images([image])
+
+
 def test_too_long_texts_are_cut_and_any_size_is_taken(clip):
     scorer = metrics.ClipScorer(clip[0])
     assert scorer.texts(["a " * 50, "b"]).shape == (2, 512)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...errors import RetourError
 from .pixelwise import LEVELS, Convention, Mask, as_mask, check_convention
 from .structure import CLIP
 from .towers import Source, constants, pretrained, resized, source_name
@@ -97,8 +98,13 @@ class ClipScorer:
         path = Path(self.source) / "preprocessor_config.json"
         if not path.is_file():
             return CLIP_MEAN, CLIP_STD
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(config["image_mean"]), tuple(config["image_std"])
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            return tuple(map(float, config["image_mean"])), tuple(map(float, config["image_std"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RetourError(
+                f"'{path}' does not say image_mean and image_std: download the CLIP again."
+            ) from error
 
     @torch.no_grad()
     def images(self, images: Sequence[Tensor]) -> Tensor:
