@@ -4,8 +4,10 @@ A hooked layer runs *its own* processor, whatever that is, and only the attentio
 
 .. math:: O = \operatorname{softmax}(s\,Q K^\top + m)\,V,
 
-is taken out of its hands: PyTorch's override protocol (`TorchFunctionMode`) hands us the call to
-`scaled_dot_product_attention` together with its final Q, K, V, scale and mask. Projections, norms,
+is taken out of its hands: we get its call to `scaled_dot_product_attention` together with the final
+Q, K, V, scale and mask. A processor that makes this call itself runs with a stand-in for the name
+`F` among its globals, at no cost; for others PyTorch's override protocol (`TorchFunctionMode`)
+finds the call, at some 5 us for every tensor operation of the layer. Projections, norms,
 rotary embeddings, masks, residuals, the split of joint sequences, LoRA and adapters stay the
 processor's business. So one hook serves UNet `Attention`, SD3 and FLUX alike, and a hooked network
 with nothing to do equals the bare one bit for bit.
@@ -13,7 +15,8 @@ with nothing to do equals the bare one bit for bit.
 While a network call is in progress each control sees, in this order, `qkv`, `logits`, `probs` and
 `output`; several controls fold in the order given, outer `hooked` contexts before inner ones. The
 probabilities are computed explicitly (in float32 at least, autocast off) only where a control
-overrides `logits` or `probs` and is `active`; elsewhere the fused kernel runs.
+overrides `logits` or `probs` and is `active`, unless its `needs_maps` says no; elsewhere the fused
+kernel runs.
 
 Only calls made through the hooked denoiser are controlled: an auxiliary call on the same network
 (another denoiser's, a batch of other rows) passes untouched. A processor that attends more than
@@ -31,6 +34,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -146,6 +150,11 @@ class AttentionControl:
         """Whether to take part in this call; where nobody does, the bare attention runs."""
         return True
 
+    def needs_maps(self, call: AttentionCall) -> bool:
+        """Whether `logits` and `probs` matter in this call; if to nobody, the fused kernel runs."""
+        base, cls = AttentionControl, type(self)
+        return cls.logits is not base.logits or cls.probs is not base.probs
+
     def qkv(
         self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,11 +172,6 @@ class AttentionControl:
     def output(self, call: AttentionCall, out: Tensor) -> Tensor:
         """Attention output before the layer's out-projection, (R, heads, queries, d)."""
         return out
-
-
-def _needs_maps(control: AttentionControl) -> bool:
-    base, cls = AttentionControl, type(control)
-    return cls.logits is not base.logits or cls.probs is not base.probs
 
 
 @dataclass(frozen=True)
@@ -291,6 +295,7 @@ class _Processor:
     ):
         self.site, self.original, self.parties = site, original, parties
         self.runner = _with_fused_kernel(original)
+        self.direct = _attends_itself(type(self.runner).__call__)
         self.names = list(inspect.signature(self.runner.__call__).parameters)[2:]
         # diffusers passes only those keywords that the signature of `processor.__call__` names.
         vars(self)["__call__"] = self.runner.__call__
@@ -302,8 +307,7 @@ class _Processor:
         if not self.active(len(hidden), self._tokens(hidden, text), text, attn.heads):
             return self.original(attn, hidden, *args, **kw)
         watch = _Watch(self, attn, text, self._rotary(args, kw))
-        with watch:
-            result = self.runner(attn, hidden, *args, **kw)
+        result = self._run(watch, attn, hidden, *args, **kw)
         if not watch.seen:
             raise RetourError(
                 f"attention layer {self.site.name!r} uses {type(self.original).__name__}, which "
@@ -311,6 +315,13 @@ class _Processor:
                 "attention processors and backend"
             )
         return result
+
+    def _run(self, watch: _Watch, *args: Any, **kw: Any) -> Any:
+        """Run the layer's processor with its attention watched."""
+        if self.direct:
+            return _with_functional(type(self.runner).__call__, watch)(self.runner, *args, **kw)
+        with _Override(watch):
+            return self.runner(*args, **kw)
 
     def _rotary(self, args: Sequence[Any], kw: Mapping[str, Any]) -> Rotary | None:
         """The rotary embedding that the processor was given, by name or by place."""
@@ -358,20 +369,62 @@ def _with_fused_kernel(processor: Any) -> Any:
     return processor if twin is None else twin()
 
 
-class _Watch(TorchFunctionMode):
-    """Hands the first attention computed inside to the controls."""
+def _attends_itself(call: Any) -> bool:
+    """Whether a function calls `F.scaled_dot_product_attention` in its own code, and no other."""
+    if not isinstance(call, FunctionType) or call.__globals__.get("F") is not F:
+        return False
+    names = set(call.__code__.co_names)
+    return {"F", "scaled_dot_product_attention"} <= names and not names & {
+        "dispatch_attention_fn",
+        "super",
+    }
+
+
+def _with_functional(call: FunctionType, watch: _Watch) -> FunctionType:
+    """The same function, for which `F` attends through the watch."""
+    names = {**call.__globals__, "F": _Functional(watch)}
+    twin = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
+    twin.__kwdefaults__ = call.__kwdefaults__
+    return twin
+
+
+class _Functional:
+    """torch.nn.functional, except for the attention."""
+
+    def __init__(self, watch: _Watch):
+        self.scaled_dot_product_attention = watch.attend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
+
+
+class _Override(TorchFunctionMode):
+    """Finds the attention among all that is computed inside."""
+
+    def __init__(self, watch: _Watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if func is F.scaled_dot_product_attention:
+            return self.watch.attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class _Watch:
+    """Hands the first attention computed to the controls."""
 
     def __init__(self, processor: _Processor, layer: Any, text: int, rotary: Rotary | None = None):
-        super().__init__()
         self.processor, self.text, self.rotary, self.seen = processor, text, rotary, False
         twin = processor.runner is not processor.original
         # A processor of the old kind scales by what its layer says; its twin takes the default.
         self.forced = {"scale": layer.scale} if twin else {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {} if kwargs is None else kwargs
-        if func is not F.scaled_dot_product_attention or self.seen:
-            return func(*args, **kwargs)
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `scaled_dot_product_attention`; after the first time, just that."""
+        if self.seen:
+            return F.scaled_dot_product_attention(*args, **kwargs)
         self.seen = True
         return self._attend(*args, **kwargs)
 
@@ -382,7 +435,7 @@ class _Watch(TorchFunctionMode):
         active = self.processor.active(len(query), tokens, self.text, query.shape[1], self.rotary)
         for control, call in active:
             query, key, value = control.qkv(call, query, key, value)
-        if any(_needs_maps(control) for control, _ in active):
+        if any(control.needs_maps(call) for control, call in active):
             with torch.autocast(query.device.type, enabled=False):
                 out = _explicit(active, query, key, value, **settings)
         else:

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from ..attention.hooks import AttentionCall, AttentionControl
+from ..core.branches import Rows
 from ..core.control import Chain, Control
 from ..core.model import Tokens
 from ..core.registry import Paper, register
@@ -124,10 +125,27 @@ class P2PAttention(AttentionControl):
             for name, dim in (("matrix", 0), ("kept", 0), ("scale", 0), ("alpha", 1))
         )
         self.text_steps: list[bool] = self.alpha.flatten(1).any(1).tolist()
+        # The same in every layer of a step: found once.
+        self.places: dict[Rows, tuple[list[int], Tensor, Tensor]] = {}
+        self.tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def active(self, call: AttentionCall) -> bool:
         """In steps and at resolutions that the schedules name."""
         return self._edits_text(call) or self._edits_self(call)
+
+    def needs_maps(self, call: AttentionCall) -> bool:
+        """Not in pure self-attention, where the maps of the source are its queries and keys."""
+        return call.site.kind != "self"
+
+    def qkv(
+        self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Give targets the source's queries and keys in self-attention: the same maps, cheaply."""
+        which, target, source = self._rows(call)
+        if self.needs_maps(call) or not which:
+            return q, k, v
+        target, source = target.to(q.device), source.to(q.device)
+        return q.index_copy(0, target, q[source]), k.index_copy(0, target, k[source]), v
 
     def probs(self, call: AttentionCall, probs: Tensor) -> Tensor:
         """Rewrite the rows of targets from those of the source."""
@@ -156,7 +174,13 @@ class P2PAttention(AttentionControl):
 
     def _rows(self, call: AttentionCall) -> tuple[list[int], Tensor, Tensor]:
         """Edits present in this call, with the indices of their target and source rows."""
-        place = {(r.branch, r.image): i for i, r in enumerate(call.rows) if r.half == "cond"}
+        known = self.places.get(call.rows)
+        if known is None:
+            known = self.places[call.rows] = self._find_rows(call.rows)
+        return known
+
+    def _find_rows(self, rows: Rows) -> tuple[list[int], Tensor, Tensor]:
+        place = {(r.branch, r.image): i for i, r in enumerate(rows) if r.half == "cond"}
         found = [
             (n, place[key], place["source", key[1]])
             for n, key in enumerate(self.keys)
@@ -170,14 +194,20 @@ class P2PAttention(AttentionControl):
     ) -> Tensor:
         assert call.step is not None and call.text is not None
         maps = call.image_to_text(probs)
-        inherited, own = maps[source], maps[target]
-        size = maps.shape[-1]
-        tables = (self.matrix, self.kept, self.scale, self.alpha[call.step.position])
-        matrix, kept, scale, alpha = (_fit(t[which], size).to(maps) for t in tables)
-        kept, scale, alpha = (t[:, None, None] for t in (kept, scale, alpha))
-        given = scale * (kept * (inherited @ matrix[:, None]) + (1 - kept) * own)
-        maps = maps.index_copy(0, target, alpha * given + (1 - alpha) * own)
-        return call.with_block(probs, maps, call.text)
+        key = (call.step.position, tuple(which), maps.shape[-1], maps.dtype, maps.device)
+        if key not in self.tables:
+            taken, own = self._mixture(call.step.position, which, maps.shape[-1])
+            self.tables[key] = taken.to(maps), own.to(maps)
+        taken, own = self.tables[key]
+        mixed = maps.index_select(0, source) @ taken + maps.index_select(0, target) * own
+        return call.with_block(probs, maps.index_copy(0, target, mixed), call.text)
+
+    def _mixture(self, position: int, which: list[int], size: int) -> tuple[Tensor, Tensor]:
+        """Factors of the source's maps, (n, 1, L, L'), and of one's own, (n, 1, 1, L')."""
+        tables = (self.matrix, self.kept, self.scale, self.alpha[position])
+        matrix, kept, scale, alpha = (_fit(t[which], size) for t in tables)
+        taken, own = alpha * scale * kept, alpha * scale * (1 - kept) + 1 - alpha
+        return (matrix * taken[:, None])[:, None], own[:, None, None]
 
 
 def _fit(table: Tensor, size: int) -> Tensor:
