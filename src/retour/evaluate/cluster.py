@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,6 +77,7 @@ class _Crew:
     setup: Setup
     needs: dict[str, int]
     count: int
+    hands: list[Any] = field(default_factory=list)
     running: dict[Any, tuple[Any, Order]] = field(default_factory=dict)
     failures: dict[tuple[int, str], int] = field(default_factory=dict)
 
@@ -99,13 +99,15 @@ class _Crew:
                     yield from pieces
                 idle.append(hand)
         finally:
-            for hand in [*idle, *(hand for hand, _ in self.running.values())]:
+            for hand in list(self.hands):
                 self._dismiss(hand)
 
     def _hire(self) -> Any:
-        return self.ray.remote(**self.needs)(Hand).remote(self.setup)
+        self.hands.append(self.ray.remote(**self.needs)(Hand).remote(self.setup))
+        return self.hands[-1]
 
     def _dismiss(self, hand: Any) -> None:
+        self.hands.remove(hand)
         with contextlib.suppress(self.ray.exceptions.RayError):
             self.ray.kill(hand)
 
@@ -127,9 +129,11 @@ class _Crew:
             key = order.task.batch, order.task.runs[0].label
             self.failures[key] = self.failures.get(key, 0) + 1
             if self.failures[key] >= ATTEMPTS:
+                last = str(error).strip().splitlines()[-1:]
                 raise RetourError(
                     f"{ATTEMPTS} workers died on batch {key[0]} of {key[1]} "
-                    f"({type(error).__name__}): use smaller batches, or fewer workers a machine"
+                    f"({': '.join([type(error).__name__, *last])}): use smaller batches, or fewer "
+                    "workers a machine"
                 ) from None
             return None
         return pieces
@@ -148,7 +152,6 @@ def connected(address: str) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False}
     else:
         options["address"] = address
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:

@@ -1,0 +1,204 @@
+"""The benchmark on a real Ray cluster of this machine: two workers, one of them killed in the run.
+
+Ray not installed skips; Ray that cannot start fails.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import retour
+import tiny
+from evaluate import benches
+from retour.errors import RetourError
+from retour.evaluate import cluster as clusters
+from retour.evaluate.engine import Order
+from retour.evaluate.plan import Run, Task
+from retour.evaluate.runner import bench
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny-sd"
+    tiny.sd1().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def ray(request):
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        # Workers find what this process finds, and start no thread pools of their own.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(retour.__file__).parents[1])]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=128 * 2**20,
+        )
+    yield ray
+    ray.shutdown()
+
+
+def own_actors():
+    """Process ids of the actors that this process's Ray has started."""
+    parents, hands = {}, []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = status.read_text().partition(") ")
+            pid = int(status.parent.name)
+            parents[pid] = int(rest.split()[1])
+            if b"ray::Hand" in (status.parent / "cmdline").read_bytes():
+                hands.append(pid)
+        except OSError:
+            continue
+
+    def mine(pid):
+        while pid > 1 and pid != os.getpid():
+            pid = parents.get(pid, 0)
+        return pid == os.getpid()
+
+    return [pid for pid in hands if mine(pid)]
+
+
+class Killer(threading.Thread):
+    """Kills one worker as soon as the first piece has come back."""
+
+    def __init__(self, out):
+        super().__init__(daemon=True)
+        self.out, self.killed, self.left = out, None, threading.Event()
+
+    def run(self):
+        while not self.left.wait(0.01):
+            hands = own_actors() if benches.parts(self.out) else []
+            if hands:
+                self.killed = hands[0]
+                os.kill(self.killed, signal.SIGKILL)
+                return
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
+def test_a_killed_worker_changes_nothing(ray, folder, tmp_path):
+    given = {**benches.GIVEN, "inverters": "ddim", "batch": 1}
+    local = bench(tmp_path / "local", model=folder, **given)
+    out = tmp_path / "cluster"
+    killer = Killer(out)
+    killer.start()
+    there = bench(out, model=folder, cluster="local", workers=2, **given)
+    killer.left.set()
+    killer.join()
+    assert killer.killed is not None and killer.killed not in own_actors()
+    assert benches.facts(out) == benches.facts(local.folder)
+    assert benches.pictures(out) == benches.pictures(local.folder)
+    assert there.plan["runs"] == local.plan["runs"]
+
+
+# --- What the crew does about its workers, without any --------------------------------------------
+
+
+class FakeRay:
+    """Workers that answer as told: a list of answers or errors, one for each task given out."""
+
+    class exceptions:  # noqa: N801
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            def __init__(self, cause):
+                self.cause = cause
+
+    def __init__(self, answers):
+        self.answers, self.hired, self.killed, self.given = list(answers), 0, 0, []
+
+        self.pieces = SimpleNamespace(remote=self._give)
+
+    def remote(self, **needs):
+        return lambda cls: SimpleNamespace(remote=self._hire)
+
+    def _hire(self, setup):
+        self.hired += 1
+        return self
+
+    def _give(self, task, cases, todo):
+        self.given.append(task.batch)
+        return len(self.given), self.answers.pop(0)
+
+    def wait(self, references, num_returns):
+        return references[:1], references[1:]
+
+    def get(self, reference):
+        if isinstance(reference[1], Exception):
+            raise reference[1]
+        return [reference[1]]
+
+    def kill(self, hand):
+        self.killed += 1
+
+
+def crew(answers, tasks=2, workers=1):
+    """What a crew gives for tasks, and its fake Ray."""
+    ray = FakeRay(answers)
+    run = Run("ddim+p2p", "ddim", {}, "p2p", {}, 2, 3.0)
+    orders = [Order(Task(k, ("a",), (run,)), (), ("ddim+p2p",)) for k in range(tasks)]
+    made = clusters._Crew(ray, None, {"num_cpus": 1, "num_gpus": 0}, workers)
+    return made.work(orders), ray
+
+
+def test_a_task_whose_worker_died_is_given_to_another():
+    died = FakeRay.exceptions.RayError("killed")
+    pieces, ray = crew(["a", died, died, "b"])
+    assert list(pieces) == ["a", "b"]
+    assert ray.given == [0, 1, 1, 1]
+    assert ray.hired == 3 == ray.killed
+
+
+def test_a_task_that_kills_its_workers_is_given_up():
+    died = FakeRay.exceptions.RayError("the memory\nran out")
+    pieces, ray = crew([died] * 3)
+    with pytest.raises(RetourError, match=r"3 workers died on batch 0 of ddim\+p2p.*ran out"):
+        list(pieces)
+    assert ray.given == [0, 0, 0]
+    assert ray.killed == ray.hired
+
+
+def test_a_refusal_is_not_tried_again():
+    refused = FakeRay.exceptions.RayTaskError(RetourError("no such word"))
+    pieces, ray = crew([refused])
+    with pytest.raises(RetourError, match="^no such word$"):
+        list(pieces)
+    assert ray.given == [0] and ray.killed == ray.hired == 1
+
+
+def test_a_defect_is_not_hidden():
+    broken = FakeRay.exceptions.RayTaskError(KeyError("x"))
+    with pytest.raises(FakeRay.exceptions.RayTaskError):
+        list(crew([broken])[0])
+
+
+def test_all_workers_are_used_and_let_go():
+    pieces, ray = crew(["a", "b", "c"], tasks=3, workers=2)
+    assert sorted(pieces) == ["a", "b", "c"]
+    assert ray.hired == ray.killed == 2
+
+
+def test_a_cluster_without_gpu_is_refused_for_a_gpu_model(ray):
+    with pytest.raises(RetourError, match="no GPU"):
+        clusters._workers(ray, {"num_cpus": 1, "num_gpus": 1})
+    assert clusters._workers(ray, {"num_cpus": 1, "num_gpus": 0}) == 2
+    assert clusters._workers(ray, {"num_cpus": 4, "num_gpus": 0}) == 1
+
+
+def test_without_ray_it_says_what_brings_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RetourError, match=r'pip install "retour\[cluster\]"'):
+        bench(tmp_path / "out", model=folder, cluster="local", **benches.GIVEN)
