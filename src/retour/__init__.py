@@ -32,6 +32,8 @@ _WHERE = {
     "Result": "api",
     "attack": "privacy.run",
     "cite": "api",
+    "Drag": "dragging",
+    "drag": "dragging",
     "edit": "api",
     "explain": "explanation",
     "invert": "api",

@@ -15,6 +15,7 @@ Torch is imported only by the functions that give tensors.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -80,10 +81,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a picture may measure, in pixels of its area and of its longer side."""
+    """What a picture may measure, in pixels of its area and of its longer side, and in bytes."""
 
     pixels: int = MAX_PIXELS
     side: int = MAX_SIDE
+    bytes: int | None = None
+
+
+_DEFAULT_LIMITS = Limits()
 
 
 # --- Reading ------------------------------------------------------------------------------------
@@ -125,6 +130,30 @@ def read_picture(source: Any, *, max_pixels: int = MAX_PIXELS, max_side: int = M
         f"cannot read a picture from an object of type {type(source).__name__}: "
         "pass a path, a PIL image, a NumPy array or a torch tensor."
     )
+
+
+def read_upload(content: bytes, name: str, limits: Limits = _DEFAULT_LIMITS) -> Picture:
+    """Read a picture from a file's bytes, which came from a stranger under some name.
+
+    Args:
+        content: the file's bytes.
+        name: what the file is called, for messages; nothing is opened by it.
+        limits: what it may measure.
+
+    Raises:
+        RetourError: for anything that is not such a picture.
+    """
+    label = f"'{name}'"
+    if not content:
+        raise RetourError(f"{label} is empty (0 bytes): save or download it again.")
+    if limits.bytes is not None and len(content) > limits.bytes:
+        raise RetourError(
+            f"{label} has {len(content):,} bytes: make it smaller first, at most {limits.bytes:,}."
+        )
+    with _decoding(label):
+        image = Image.open(io.BytesIO(content), formats=_available_formats())
+    with image:
+        return _flatten(_decode_pil(image, label, limits), name, label)
 
 
 def _decode_file(path: Path, limits: Limits) -> Image.Image:
@@ -569,6 +598,13 @@ def save_image(image: Image.Image, path: Pathlike, record: dict[str, Any] | None
             image.save(temporary, kind, pnginfo=_png_text(record))
         else:
             image.convert("RGB").save(temporary, kind, quality=95)
+
+
+def png_bytes(image: Image.Image, record: dict[str, Any] | None = None) -> bytes:
+    """Give what `save_image` would write into a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=_png_text(record))
+    return buffer.getvalue()
 
 
 def _png_text(record: dict[str, Any] | None) -> PngInfo:

@@ -107,7 +107,8 @@ class Denoiser:
     """A guided, counted denoiser over branches: `(x, t) -> Prediction`.
 
     The attribute `branches` may be replaced between steps (per-step embeddings, schedules). `rows`
-    names the rows of the call in progress, for attention hooks; it is empty between calls.
+    names the rows of the call in progress, for attention hooks; it is empty between calls. `latest`
+    is the guided clean estimate of the last call (branches * B, C, h, w), for previews.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Denoiser:
         self.guidance: Guidance = CFG() if guidance is None else guidance
         self.ledger = Ledger() if ledger is None else ledger
         self.rows = Rows()
+        self.latest: Tensor | None = None
         self._planned: tuple[tuple[tuple[Branch, ...], bool], Plan] | None = None
         self._whole: Denoiser | None = None
         self._numbers: tuple[int, ...] | None = None
@@ -205,10 +207,11 @@ class Denoiser:
         finally:
             # Hooks must not take another denoiser's call on the same network for this one's.
             watched.rows = Rows()
-        cond = raw.map(lambda face: face[len(plan.rows) - len(x) :])
-        if len(plan.rows) == len(x):
-            return cond
-        return self._combine(plan.rows, raw, cond, x, self._active(t))
+        guided = raw.map(lambda face: face[len(plan.rows) - len(x) :])
+        if len(plan.rows) != len(x):
+            guided = self._combine(plan.rows, raw, guided, x, self._active(t))
+        self.latest = guided.x0.detach()
+        return guided
 
     def _combine(
         self, all_rows: Rows, raw: Prediction, cond: Prediction, x: Tensor, active: list[bool]

@@ -12,6 +12,7 @@ from .grid import Grid, Step
 from .progress import bar
 from .solver import Solver
 from .state import State
+from .watch import watchers
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ def walk(
     before and after it; their attention and feature controls are hooked for the whole walk and
     unhooked afterwards, whatever happens. `between` walks only from one index of the grid's times
     to another, (lower, higher); the controls finish only where the walk reaches the grid's end.
+    Beside the `observers`, whoever watches (:mod:`.watch`) sees every step.
     """
     from ..attention.features import watched
     from ..attention.hooks import hooked
 
     control = Chain(controls)
     layout, branches, rule = denoiser.layout, denoiser.branches, denoiser.guidance
+    seen = [*observers, *(watcher.stepped for watcher in watchers())]
     with ExitStack() as stack:
         stack.callback(setattr, denoiser, "branches", branches)
         stack.callback(setattr, denoiser, "guidance", rule)
@@ -69,7 +72,7 @@ def walk(
             before = control.move(step, asked, before, layout)
             after = solver.step(asked, before, step, denoiser.model.path)
             state = control.after_step(step, after, before, layout)
-            for observer in observers:
+            for observer in seen:
                 observer(Event(step, state, denoiser))
     goal = None if between is None else between[0 if down else 1]
     if goal not in (None, 0 if down else grid.steps):

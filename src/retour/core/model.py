@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .grid import Grid
 from .path import Path, Prediction, Time, as_time, levels, predict
+from .watch import watchers
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ def evaluate(
     model: Model, x: Tensor, t: Time, condition: Condition, ledger: Ledger | None = None
 ) -> Prediction:
     """One network call: `x` (R, C, h, w) at time(s) `t`, as a prediction in `x`'s dtype."""
+    for watcher in watchers():
+        watcher.called()
     begun = time.perf_counter()
     times = as_time(t).expand(len(x)) if as_time(t).ndim == 0 else as_time(t)
     # A network's answer differs in its last bits with the memory layout of what it is asked (a VAE
