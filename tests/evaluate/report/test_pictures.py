@@ -53,16 +53,20 @@ def test_a_mask_at_the_border_has_no_edge_there():
     assert (layer == pictures.TINT).all()
 
 
-def test_all_pictures_of_an_edit(bench):
-    found = pictures.gallery(bench, 10**9)
+@pytest.fixture(scope="module")
+def whole(bench):
+    return pictures.gallery(bench, 10**9)
+
+
+def test_all_pictures_of_an_edit(bench, whole):
+    found = whole
     assert list(found) == list(range(14))
     wanted = read_image(bench.images[2, 5])
     assert np.array_equal(np.asarray(decoded(found[5]["runs"][2])), np.asarray(wanted))
     assert found[5]["attention"] == [None] * 5
 
 
-def test_what_does_not_fit_is_left_out_evenly(bench):
-    whole = pictures.gallery(bench, 10**9)
+def test_what_does_not_fit_is_left_out_evenly(bench, whole):
     sizes = {k: len(json.dumps(value)) for k, value in whole.items()}
     first = pictures.in_turns(bench.edits)[:7]
     found = pictures.gallery(bench, sum(sizes[k] for k in first))

@@ -1,6 +1,7 @@
 /* Every edit side by side. A card's pictures are read and made when it comes into view. */
 
 const PRINTED = 12;
+const SMALL = 128;
 const cards = byId("cards");
 // The copied input says nothing that the input beside it does not.
 const shownRuns = new Set([...data.runs.keys()].filter((k) => data.runs[k].label !== "copy-input"));
@@ -55,9 +56,15 @@ function fillCard(card) {
   seen.unobserve(card);
 }
 
+/** A picture; its pixels stay visible unless it has more of them than a card shows. */
+function image(source, kind, alt) {
+  const element = make("img", { src: source, class: kind, alt, decoding: "async" });
+  element.addEventListener("load", () => element.classList.toggle("smooth", element.naturalWidth > SMALL));
+  return element;
+}
+
 /** One picture with its layers and its name. */
 function shot(name, uri, pictures, { fixed = false, run = null, heat = null, words = "", item = null }) {
-  const image = (source, kind, alt) => make("img", { src: source, class: kind, alt, decoding: "async" });
   const layers = uri
     ? [
         image(uri, null, name),

@@ -23,6 +23,10 @@ from .folder import ATTENTION, INPUTS, MASKS, TRUTH, Bench, Edit
 
 SIDE = 256
 QUALITY = 82
+FAST = {
+    "method": 2,
+    "quality": 0,
+}  # Of lossless files: a fifth of the usual time for 5 % more bytes.
 TINT, EDGE = (230, 0, 126, 70), (255, 255, 255, 255)
 EDGE_SHADE = (0, 0, 0, 255)
 
@@ -102,7 +106,7 @@ def data_uri(image: Image.Image) -> str:
     """A picture as a WebP data URI: exact up to `SIDE` pixels, scaled and compressed above."""
     buffer = io.BytesIO()
     if max(image.size) <= SIDE:
-        image.save(buffer, "WEBP", lossless=True, quality=60)
+        image.save(buffer, "WEBP", lossless=True, **FAST)
     else:
         small = image.copy()
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
