@@ -109,3 +109,12 @@ def test_the_suites_fingerprint_sees_contents(tmp_path):
     suite = Suite.paired()
     assert suite_fingerprint(suite) == suite_fingerprint(Suite.paired())
     assert suite_fingerprint(suite) != suite_fingerprint(suite.select(limit=3))
+
+
+def test_the_package_offers_both_runners():
+    from retour import evaluate
+    from retour.evaluate import batches, runner
+
+    assert (evaluate.bench, evaluate.batch) == (runner.bench, batches.batch)
+    with pytest.raises(AttributeError, match="no attribute 'bnech'"):
+        evaluate.bnech  # noqa: B018

@@ -200,7 +200,7 @@ def batch(
     as_json: JsonOpt = False,
 ) -> None:
     """Edit many pictures of your own, as a list says; stop and go on at will."""
-    from ..evaluate.batch import batch as run
+    from ..evaluate.batches import batch as run
 
     result = run(
         folder,

@@ -18,7 +18,7 @@ import tiny
 from evaluate import benches
 from retour.core.progress import quiet
 from retour.errors import RetourError
-from retour.evaluate.batch import batch
+from retour.evaluate.batches import batch
 from retour.io import read_record
 
 LIST = """image,source,target,inverter,editor,steps,guidance,mask,options
