@@ -6,11 +6,13 @@ The edits of `retour demo` are made by every registered editor that the model ca
 the inverter that it goes with, default options, and the model's steps and guidance. Writes
 NAME.png for each, and README.md with the table of costs, from the registry and the runs' records.
 Editors that live on a mask (`facts["mask"]`) are shown on pairs of the paired set, with its masks.
+With `--editors` only those are made again; what the page says of others stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,8 +95,15 @@ def fitting(model: Model, names: Sequence[str] | None) -> list[Entry]:
     return [e for e in found if names is None or e.name in names]
 
 
+def parts(page: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Lines of the table and sections of a page, by editor."""
+    lines = {m[1]: m[0] for m in re.finditer(r"^\| \[([\w-]+)\]\(#.*$", page, re.MULTILINE)}
+    sections = re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]
+    return lines, {text.split()[1]: text.rstrip("\n") + "\n" for text in sections}
+
+
 def main() -> None:
-    """Make all sheets and the page."""
+    """Make the sheets and the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -104,26 +113,32 @@ def main() -> None:
     given = parser.parse_args()
     model = retour.load(given.model)
     given.out.mkdir(parents=True, exist_ok=True)
-    lines, sections = [], []
+    page = given.out / "README.md"
+    lines, sections = parts(page.read_text(encoding="utf-8") if page.exists() else "")
     for entry in fitting(model, given.editors.split(",") if given.editors else None):
+        lines.pop(entry.name, None)
         try:
             with quiet():
-                lines.append(make(entry, model, given.out))
+                lines[entry.name] = make(entry, model, given.out)
         except RetourError as error:
             # An editor that needs more than a prompt: drag points, say.
-            sections.append(f"## {entry.name}\n\n{entry.summary}\n\nNot shown here: {error}.\n")
+            sections[entry.name] = (
+                f"## {entry.name}\n\n{entry.summary}\n\nNot shown here: {error}.\n"
+            )
             continue
-        sections.append(section(entry))
-        print(lines[-1], flush=True)
+        sections[entry.name] = section(entry)
+        print(lines[entry.name], flush=True)
     head = HEAD.format(
         model=model.name,
         fingerprint=model.fingerprint,
         steps=model.default_steps,
         guidance=model.default_guidance,
     )
-    page = head + "\n".join(lines) + "\n\n" + "\n".join(sections)
-    with atomic_write(given.out / "README.md") as path:
-        path.write_text(page, encoding="utf-8")
+    known = [e.name for e in fitting(model, None)]
+    table = "\n".join(lines[name] for name in known if name in lines)
+    text = head + table + "\n\n" + "\n".join(sections[n] for n in known if n in sections)
+    with atomic_write(page) as path:
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

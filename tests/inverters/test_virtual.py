@@ -143,6 +143,14 @@ def test_guidance_moves_the_target_away_from_the_source():
     assert moved == sorted(moved) and moved[0] < moved[-1]
 
 
+def test_prompts_that_are_farther_off_move_the_target_farther():
+    """From "red": to red or green, to green, without guidance."""
+    inversion = make().invert(job(model(), images=1, steps=8))
+    ends = returned(inversion, ["red", "red green", "green"], scale=1.0)
+    moved = [float((end - points(1)).norm()) for name, end in ends.items() if name != "source"]
+    assert moved[0] < 1e-9 < moved[1] < moved[2]
+
+
 def test_all_branches_share_the_noise():
     inversion = make().invert(job(model(), images=1, steps=6))
     ends = returned(inversion, ["green", "green"])

@@ -21,8 +21,10 @@ both. A side without any pixel in the source restricts nothing.
 Layers: the paper's "step 4 of 50, layer 10 of 16" is, in Stable Diffusion, the decoder from half of
 the latents' resolution up; layers are chosen by that (`coarsest`), so that other networks get the
 same place. Transformers with joint attention exchange keys and values of the *image* tokens, in
-blocks from `depth` on (layer 10 of 16 is at 0.6); the text's stay their own. Fewer, later blocks
-bear edits that contradict the source's colours, which is not what the method is for.
+blocks from `depth` on; the text's stay their own. Layer 10 of 16 would be at 0.6, but a transformer
+keeps one resolution throughout: what its middle blocks borrow is not yet appearance alone, and
+shows as a grid of the source's tokens wherever the edit contradicts the source. So the default is
+0.8, the last of five blocks of the embedded model.
 
 The source prompt: the published code inverts real images with the prompt "" and runs the source
 branch with it. Here the inversion's own prompt is the default, since the trajectory was found with
@@ -87,7 +89,7 @@ class MasaCtrlOptions:
     start: float = 0.08
     layers: Literal["decoder", "all"] = "decoder"
     coarsest: float = 0.5
-    depth: float = 0.6
+    depth: float = 0.8
     source_prompt: Literal["inversion", "empty"] = "inversion"
     source_guidance: float | None = None
     masks: str | None = None
