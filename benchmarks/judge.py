@@ -5,12 +5,13 @@
 
 The embedded CLIP has seen the data of the generators that it scores; the independent scorer
 (:mod:`retour.evaluate.judge`, extra `judge`) joins two networks that others trained elsewhere by a
-linear map, fitted on `--fit` true scenes, and no training ever uses it. Both score, for the same
+linear map, fitted on `--fit` true scenes (some blurred or through JPEG, so that it does not live on
+their finest detail), and no training ever uses it. Both score, for the same
 `--count` captions of favourite concepts in single-object scenes that the fit did not contain:
 
 - the true images, and the VAE's reconstructions of them
 - samples of `emoji-unet` and `emoji-mmdit` from the captions
-- the true images blurred (Gaussian, 2 pixels)
+- the true images blurred (Gaussian, 2 and 5 pixels)
 - true images of other captions
 
 Columns for each scorer: how often the image's own caption comes first of 100 (the others are
@@ -40,11 +41,14 @@ from retour.data.sprites import load
 from retour.evaluate.judge import Judge, Sentences, Trunk, fit_ridge
 from retour.evaluate.metrics import ClipScorer
 from retour.io import atomic_write, plain, save_json
+from retour.models.quiet import quietly
 from retour.record import versions
+from retour.train.classifier import wear
 
 WEIGHTS = Path(__file__).parents[1] / "src" / "retour" / "weights"
 SINGLE = Mix(centred=1.0, large=0.0, small=0.0, corner=0.0, two=0.0, recoloured=0.2, jitter=0.0)
-CHOICES, BLUR, GUIDANCE = 100, 2.0, 4.0
+CHOICES, GUIDANCE = 100, 4.0
+BLURS = (2, 5)
 FIT_SEED, SEED = 501, 901
 SCORERS = ("emoji-clip", "independent")
 
@@ -70,16 +74,20 @@ class Mark:
 
 @dataclass(frozen=True)
 class Scenes:
-    """True images (N, 3, 64, 64) in [0, 1] with their captions."""
+    """True images (N, 3, 64, 64) in [0, 1], their captions, and the drawing that each shows."""
 
     images: Tensor
     captions: list[str]
+    drawings: list[str]
 
     @classmethod
-    def draw(cls, sampler: Sampler, count: int, avoid: Sequence[str] = ()) -> Scenes:
-        """The first `count` scenes with captions of their own."""
+    def draw(
+        cls, sampler: Sampler, count: int, avoid: Sequence[str] = (), *, worn: bool = False
+    ) -> Scenes:
+        """The first `count` scenes with captions of their own; `worn` ones are blurred at times."""
         pictures: list[np.ndarray] = []
         captions: list[str] = []
+        drawings: list[str] = []
         number, seen = 0, set(avoid)
         while len(captions) < count:
             scene = sampler.scene(number)
@@ -87,9 +95,11 @@ class Scenes:
             if caption not in seen:
                 seen.add(caption)
                 captions.append(caption)
-                pictures.append(sampler.studio.render(scene))
+                drawings.append(f"{scene.items[0].concept}, {scene.style}")
+                picture = sampler.studio.render(scene)
+                pictures.append(wear(picture, sampler.rng(number, 3)) if worn else picture)
             number += 1
-        return cls(_tensor(np.stack(pictures)), captions)
+        return cls(_tensor(np.stack(pictures)), captions, drawings)
 
 
 def _tensor(images: np.ndarray) -> Tensor:
@@ -121,7 +131,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return below + ((values[:, None] == values).sum(1) - 1) / 2
 
 
-def blurred(images: Tensor, radius: float = BLUR) -> Tensor:
+def blurred(images: Tensor, radius: float) -> Tensor:
     """Gaussian blur."""
     pictures = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(radius)) for p in _bytes(images)]
     return _tensor(np.stack([np.asarray(p) for p in pictures]))
@@ -142,10 +152,10 @@ def sampled(name: str, captions: list[str], steps: int) -> Tensor:
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
     flow = name == "emoji-mmdit"
-    pipe = (StableDiffusion3Pipeline if flow else StableDiffusionPipeline).from_pretrained(
-        WEIGHTS / name
-    )
-    pipe.set_progress_bar_config(disable=True)
+    with quietly():
+        kind = StableDiffusion3Pipeline if flow else StableDiffusionPipeline
+        pipe = kind.from_pretrained(WEIGHTS / name)
+    pipe.set_progress_bar_config(desc=name)
     made = pipe(
         captions,
         num_inference_steps=steps,
@@ -181,7 +191,7 @@ def rows(scenes: Scenes, steps: int, folder: Path) -> dict[str, Tensor]:
         "VAE reconstructions": reconstructed(scenes.images),
         f"emoji-unet, {steps} steps": samples("emoji-unet"),
         f"emoji-mmdit, {steps} steps": samples("emoji-mmdit"),
-        "blurred": blurred(scenes.images),
+        **{f"blurred by {r} pixels": blurred(scenes.images, r) for r in BLURS},
         "images of other captions": scenes.images.roll(1, 0),
     }
 
@@ -191,12 +201,13 @@ def fitted(sampler: Sampler, count: int, avoid: Sequence[str], folder: Path) -> 
     trunk, sentences = Trunk(), Sentences()
 
     def make() -> dict[str, np.ndarray]:
-        scenes = Scenes.draw(sampler, count, avoid)
-        vectors = trunk(scenes.images), sentences(scenes.captions)
-        return {name: v.numpy() for name, v in zip("xy", vectors, strict=True)}
+        scenes = Scenes.draw(sampler, count, avoid, worn=True)
+        vectors = trunk(scenes.images).numpy(), sentences(scenes.captions).numpy()
+        return {"x": vectors[0], "y": vectors[1], "groups": np.array(scenes.drawings)}
 
-    found = kept(folder / f"fit-{count}.npz", make)
-    linear = fit_ridge(torch.from_numpy(found["x"]), torch.from_numpy(found["y"]))
+    found = kept(folder / f"worn-{count}.npz", make)
+    x, y = torch.from_numpy(found["x"]), torch.from_numpy(found["y"])
+    linear = fit_ridge(x, y, groups=found["groups"].tolist())
     return Judge(trunk, sentences, linear)
 
 
@@ -264,7 +275,7 @@ def main() -> None:
     others = Scenes.draw(
         Sampler(studio, split, SEED + 1, "train", favoured), CHOICES - given.count, scenes.captions
     )
-    mixed = Sampler(studio, split, FIT_SEED, "train", replace(SINGLE, favoured=0.5))
+    mixed = Sampler(studio, split, FIT_SEED, "train", replace(SINGLE, favoured=0.7, jitter=0.04))
     judge = fitted(mixed, given.fit, scenes.captions + others.captions, given.out)
     scorers: dict[str, Scorer] = dict(zip(SCORERS, (_Clip(), judge), strict=True))
     images = rows(scenes, given.steps, given.out)
@@ -282,6 +293,7 @@ def main() -> None:
     print(table(marks))
     for scorer, order in found["orders"].items():
         print(f"{scorer}: {' > '.join(order)}")
+    print(f"fitted on {given.fit} true scenes, strength {judge.map.strength:g}")
     print(f"rank correlation: {found['rows']:.2f} of rows, {found['images']:.2f} of images")
     for part, row in unseen.items():
         told = ", ".join(f"{s} {100 * m.first:.0f} %" for s, m in row.items())

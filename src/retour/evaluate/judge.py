@@ -8,9 +8,13 @@ MiniLM. Only a linear map between the two is fitted here, in closed form, on tru
           + \lambda \lVert W \rVert^2,
 
 x the pooled features of images (1280), y the unit embeddings of their captions (384). The strength
-:math:`\lambda` is the one of least leave-one-out error, which the singular value decomposition
-gives without refitting. A score is the cosine of :math:`W^\top (x - \bar x)` and
-:math:`y - \bar y`: what all captions share counts for nothing.
+:math:`\lambda` is the one of least error on left-out groups of rows, which the singular value
+decomposition gives without refitting: with H the matrix that takes y to its fitted values (means
+included), group G is missed by :math:`(I - H_{GG})^{-1} (y_G - \hat y_G)`. Scenes of one drawing
+should be one group: fits that know every drawing by heart take a blurred one for a stranger.
+
+A score is the cosine of :math:`W^\top (x - \bar x)` and :math:`y - \bar y`: what all captions share
+counts for nothing.
 
 It knows what it was fitted on: of a concept that no scene of the fit shows it can say little.
 
@@ -23,7 +27,7 @@ and Le, 2019, arXiv 1905.11946; Wang et al., "MiniLM", 2020, arXiv 2002.10957.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -39,7 +43,7 @@ from ..errors import RetourError
 from .metrics.perceptual import read_tensors
 from .metrics.towers import pretrained
 
-STRENGTHS = tuple(10.0**k for k in range(-7, 4))
+STRENGTHS = tuple(10.0**k for k in range(-3, 6))
 # Of the images that the trunk sees: less than the 224 pixels of its training, for a third of the
 # time. The scenes have 64.
 SIDE = 160
@@ -69,13 +73,19 @@ class LinearMap:
         return (x.to(self.weight) - self.mean_x) @ self.weight
 
 
-def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float] = STRENGTHS) -> LinearMap:
-    """Fit a ridge regression; of several strengths the one of least leave-one-out error.
+def fit_ridge(
+    x: Tensor,
+    y: Tensor,
+    strengths: Sequence[float] = STRENGTHS,
+    groups: Sequence[Hashable] | None = None,
+) -> LinearMap:
+    """Fit a ridge regression; of several strengths the one of least error on left-out groups.
 
     Args:
         x: inputs (N, P), two at least.
         y: outputs (N, Q).
         strengths: penalties to choose from, above 0.
+        groups: which rows belong together (N); by default each is a group of its own.
 
     Raises:
         RetourError: the shapes do not fit, or there is nothing to choose from.
@@ -84,22 +94,37 @@ def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float] = STRENGTHS) -> L
         raise RetourError(f"cannot fit {tuple(x.shape)} to {tuple(y.shape)}: give two rows or more")
     if not strengths or min(strengths) <= 0:
         raise RetourError(f"ridge strengths must be above 0, got {list(strengths)}")
+    if groups is not None and len(groups) != len(x):
+        raise RetourError(f"cannot group {len(x)} rows by {len(groups)} names: give one for each")
     x, y = x.double(), y.double()
+    parts = _parts(range(len(x)) if groups is None else groups)
     mean_x, mean_y = x.mean(0), y.mean(0)
     u, s, vh = torch.linalg.svd(x - mean_x, full_matrices=False)
     coordinates = u.T @ (y - mean_y)
-    errors = [_left_out(u, s, coordinates, y - mean_y, v) for v in strengths]
+    errors = [_left_out(u, s, coordinates, y - mean_y, v, parts) for v in strengths]
     best = min(range(len(strengths)), key=lambda k: errors[k])
     shrunk = (s / (s**2 + strengths[best]))[:, None] * coordinates
     return LinearMap(vh.T @ shrunk, mean_x, mean_y, float(strengths[best]))
 
 
-def _left_out(u: Tensor, s: Tensor, coordinates: Tensor, y: Tensor, strength: float) -> float:
-    """Mean square error of each centred row when it is left out of the fit; means are kept."""
+def _parts(groups: Sequence[Hashable]) -> list[list[int]]:
+    rows: dict[Hashable, list[int]] = {}
+    for number, group in enumerate(groups):
+        rows.setdefault(group, []).append(number)
+    return list(rows.values())
+
+
+def _left_out(
+    u: Tensor, s: Tensor, coordinates: Tensor, y: Tensor, strength: float, parts: list[list[int]]
+) -> float:
+    """Mean square error of centred rows, each group left out of the fit and of its means."""
     share = s**2 / (s**2 + strength)
-    leverage = (u**2 * share).sum(1)
     residual = y - u @ (share[:, None] * coordinates)
-    return float((residual / (1 - leverage).clamp(min=1e-9)[:, None]).square().mean())
+    total = 0.0
+    for rows in parts:
+        own = torch.eye(len(rows), dtype=u.dtype) - (u[rows] * share) @ u[rows].T - 1 / len(u)
+        total += float(torch.linalg.solve(own, residual[rows]).square().sum())
+    return total / y.numel()
 
 
 def package(name: str) -> ModuleType:
@@ -179,12 +204,18 @@ class Judge:
 
     @classmethod
     def fit(
-        cls, images: Tensor, captions: Sequence[str], trunk: Any = None, sentences: Any = None
+        cls,
+        images: Tensor,
+        captions: Sequence[str],
+        groups: Sequence[Hashable] | None = None,
+        trunk: Any = None,
+        sentences: Any = None,
     ) -> Judge:
-        """Fit the map on images (N, 3, H, W) in [0, 1] and their captions."""
+        """Fit the map on images (N, 3, H, W) in [0, 1] and captions; groups as `fit_ridge`'s."""
         trunk = Trunk() if trunk is None else trunk
         sentences = Sentences() if sentences is None else sentences
-        return cls(trunk, sentences, fit_ridge(trunk(images), sentences(captions)))
+        linear = fit_ridge(trunk(images), sentences(captions), groups=groups)
+        return cls(trunk, sentences, linear)
 
     def images(self, images: Tensor) -> Tensor:
         """Unit vectors (B, Q) of images (B, 3, H, W) in [0, 1]."""
