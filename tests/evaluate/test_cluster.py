@@ -6,6 +6,7 @@ Ray not installed skips; Ray that cannot start fails.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from retour.evaluate import cluster as clusters
 from retour.evaluate.engine import Order
 from retour.evaluate.plan import Run, Task
 from retour.evaluate.runner import bench
+from retour.evaluate.scores import Meter
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +198,21 @@ def test_a_cluster_without_gpu_is_refused_for_a_gpu_model(ray):
         clusters._workers(ray, {"num_cpus": 1, "num_gpus": 1})
     assert clusters._workers(ray, {"num_cpus": 1, "num_gpus": 0}) == 2
     assert clusters._workers(ray, {"num_cpus": 4, "num_gpus": 0}) == 1
+
+
+def test_a_cluster_needs_a_worker(folder, tmp_path):
+    pytest.importorskip("ray")
+    with pytest.raises(RetourError, match="workers is 0"):
+        bench(tmp_path / "out", model=folder, cluster="local", workers=0, **benches.GIVEN)
+
+
+def test_what_a_worker_is_told_can_travel():
+    """Networks that the metrics have loaded stay behind."""
+    meter = Meter()
+    meter.prepare()
+    sent = pickle.dumps(meter)
+    assert len(sent) < 20_000
+    assert pickle.loads(sent).facts() == meter.facts()
 
 
 def test_without_ray_it_says_what_brings_it(folder, tmp_path, monkeypatch):

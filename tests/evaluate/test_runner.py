@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import multiprocessing
@@ -73,6 +74,7 @@ def test_the_folder_holds_what_was_agreed(whole):
     copies = {("copy-input", (64, 64))}
     assert sides - copies == {(label, (16, 16)) for label in ("vae-ceiling", *benches.RUNS)}
     assert not list(whole.folder.glob("**/.[0-9a-f]*"))
+    assert not (whole.folder / "cache").exists(), "of no use to a complete benchmark"
 
 
 def test_pictures_are_those_of_the_set(whole):
@@ -212,6 +214,17 @@ def test_a_finished_folder_is_read_not_run(whole, model, monkeypatch):
     assert benches.parts(whole.folder) == before and again.plan == whole.plan
 
 
+def test_progress_counts_what_was_done_before(whole, model, copy, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    (copy / "parts" / "00002-direct+p2p.parquet").unlink()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run(copy, model)
+    assert "34/35" in sys.stderr.getvalue() and "35/35" in sys.stderr.getvalue()
+
+
 @pytest.fixture
 def copy(whole, tmp_path):
     return shutil.copytree(whole.folder, tmp_path / "copy")
@@ -277,6 +290,8 @@ def test_another_plan_is_refused(whole, model, changes, message):
         ({"suite": "pie"}, "RETOUR_PIE_BENCH"),
         ({"kinds": "magic"}, "unknown kind of edit 'magic'"),
         ({"batch": 0}, "batch is 0"),
+        ({"limit": -1}, "limit is -1"),
+        ({"suite": Suite("nothing", ())}, "'nothing' is empty"),
         ({"threads": 0}, "threads is 0"),
         ({"cache_limit": -1}, "size of the cache is -1"),
         ({"cluster": "local"}, "name or folder"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -22,10 +23,10 @@ from ..errors import check_range
 from ..io import atomic_write, plain
 from .cases import cut
 from .engine import Rows, Setup, torch_threads, work_off
-from .folder import RESULTS, Folder
+from .folder import CACHE, RESULTS, Folder
 from .jobs import JobSpec, read_jobs, run_key
 from .plan import MAX_GUIDANCE, MAX_STEPS, Task
-from .runner import BATCH, crew, describe, load_model, typed
+from .runner import BATCH, crew, describe, load_model, source_of, typed
 from .scores import Meter
 from .work import Piece
 
@@ -133,14 +134,14 @@ def batch(
 
     with place.opened(plan) as held, torch_threads(held["threads"]):
         setup = Setup(
-            model=model if isinstance(model, str) else loaded.name,
+            model=source_of(model),
             fingerprint=loaded.fingerprint,
             meter=Meter(()),
             device=str(loaded.device) if device is None else device,
             dtype=dtype,
             seed=seed,
             negative=negative,
-            cache=place.path / "cache",
+            cache=(place.path / CACHE).resolve(),
             cache_limit=cache_limit,
             owner=held["id"],
             threads=held["threads"],
@@ -149,6 +150,7 @@ def batch(
         rows.sort(key=lambda row: row["line"])
         place.write_table(rows, place.path / RESULTS)
         _write_lines(rows, place.path / LINES)
+        shutil.rmtree(place.path / CACHE, ignore_errors=True)
     return Batch(place.path, held, rows)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import RetourError
+from ..errors import RetourError, check_range
 from .cases import Case
 from .engine import Crew, Order, Setup, torch_threads
 from .plan import Task
@@ -59,14 +59,17 @@ def cluster(setup: Setup, address: str = LOCAL, workers: int | None = None) -> C
         RetourError: Ray is not installed, or there is no cluster at that address.
     """
     ray = need_ray()
+    if workers is not None:
+        check_range("workers", workers, 1)
 
     def work(orders: Sequence[Order]) -> Iterator[Piece]:
         with connected(address):
-            needs = {"num_cpus": setup.threads, "num_gpus": 0}
-            if str(setup.device).startswith("cuda"):
-                needs["num_gpus"] = 1
+            on_gpu = str(setup.device).startswith("cuda")
+            needs = {"num_cpus": setup.threads, "num_gpus": int(on_gpu)}
             count = min(len(orders), _workers(ray, needs) if workers is None else workers)
-            yield from _Crew(ray, setup, needs, count).work(orders)
+            # Ray shows every actor its own GPU alone.
+            theirs = replace(setup, device="cuda") if on_gpu else setup
+            yield from _Crew(ray, theirs, needs, count).work(orders)
 
     return work
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 PLAN, RESULTS, SUMMARY, LOCK = "plan.json", "results.parquet", "summary.json", ".lock"
+CACHE = "cache"
 FOLDERS = ("parts", "inputs", "truth", "masks", "images")
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.[a-z]+")
 

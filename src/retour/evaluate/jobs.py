@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..api import usual_inverter
 from ..core.cache import content_hash, pixel_hash
@@ -175,7 +176,7 @@ def _spec(number: int, line: int, given: Mapping[str, Any], folder: Path, model:
     pixels = [pixel_hash(picture)]
     mask = None if given.get("mask") is None else _inside(folder, given["mask"])
     if mask is not None:
-        pixels.append(content_hash(read_mask(mask, picture.size)))
+        pixels.append(pixel_hash(Image.fromarray(read_mask(mask, picture.size))))
     run = _run(given, model, masked=mask is not None)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", image.stem).strip("-")[:60]
     return JobSpec(

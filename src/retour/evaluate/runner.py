@@ -6,7 +6,8 @@ Every pair meets every item, batch by batch, with the same prompts, steps, guida
 folder holds `plan.json` (everything that decides the results), `results.parquet` (one row for each
 run and item), `summary.json` (means with 95 % intervals, paired differences of any two runs) and
 all pictures. Called again with the same arguments it goes on where it was stopped, also after
-`kill -9`; results are those of an uninterrupted run, bit for bit, all but seconds and memory.
+`kill -9`; results are those of an uninterrupted run, bit for bit, all but seconds and memory (on a
+GPU as far as its kernels repeat themselves).
 
 Cost: for each item, one inversion for each inverter and one edit for each pair; `retour methods`
 says how many network evaluations these take.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import secrets
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,15 +28,16 @@ from typing import Any
 
 import torch
 
+from ..api import as_model
 from ..core.cache import LIMIT
 from ..core.model import Model
 from ..errors import RetourError, check_range
 from ..io import plain, save_json
-from ..models.load import load
+from ..models.load import embedded, load
 from ..record import versions
 from .cases import SuiteSpec, check_id, cut, suite_fingerprint
 from .engine import Crew, Rows, Setup, alone, torch_threads, work_off
-from .folder import RESULTS, SUMMARY, Folder, read_plan
+from .folder import CACHE, RESULTS, SUMMARY, Folder, read_plan
 from .metrics import Backbones, Convention
 from .plan import PLAIN, Run, check_grid, choose_pairs, make_runs, make_tasks, names
 from .scores import Meter
@@ -146,7 +149,8 @@ def bench(
         device: where to run.
         dtype: type of the weights.
         threads: of torch; None: those of the folder's plan, or torch's own (on a cluster, 1).
-        cache: folder of inversions to share between benchmarks; None: one inside `out`.
+        cache: folder of inversions to share between benchmarks; None: one inside `out`, which goes
+            when the benchmark is complete.
         cache_limit: bytes that it may take.
         cluster: address of a Ray cluster, `local` to start one here; None: this process.
         workers: of the cluster; None: as many as it has room for.
@@ -159,12 +163,14 @@ def bench(
     counts = [steps] if isinstance(steps, int) else list(steps)
     check_grid(counts, guidance)
     check_range("batch", batch, 1)
+    if limit is not None:
+        check_range("limit", limit, 1)
     wanted = tuple(names(metrics)) or None
     meter = Meter(wanted, convention, Backbones() if backbones is None else backbones)
     folder = Folder(Path(out), meter.names)
     data = _suite(suite, border).select(names(kinds) or None, limit)
     if not len(data):
-        raise RetourError(f"there is nothing to measure: {data.name!r} with limit {limit} is empty")
+        raise RetourError(f"there is nothing to measure: {data.name!r} is empty")
     specs = {check_id(item.id): SuiteSpec(item) for item in data}
     meter.prepare()
     loaded = load_model(model, device, dtype, cluster)
@@ -186,14 +192,14 @@ def bench(
             if not (folder.path / "inputs" / f"{spec.id}.png").is_file():
                 folder.write_case(spec.case())
         setup = Setup(
-            model=model if isinstance(model, str) else loaded.name,
+            model=source_of(model),
             fingerprint=loaded.fingerprint,
             meter=meter,
             device=str(loaded.device) if device is None else device,
             dtype=dtype,
             seed=seed,
             negative=negative,
-            cache=folder.path / "cache" if cache is None else Path(cache),
+            cache=(folder.path / CACHE if cache is None else Path(cache)).resolve(),
             cache_limit=cache_limit,
             owner=held["id"],
             threads=held["threads"],
@@ -205,6 +211,7 @@ def bench(
         summary = {**summarise(rows, meter.names), "metrics": meter.facts()}
         folder.write_table(rows, folder.path / RESULTS)
         save_json(summary, folder.path / SUMMARY)
+        shutil.rmtree(folder.path / CACHE, ignore_errors=True)
     return Bench(folder.path, held, rows, summary, meter.facts())
 
 
@@ -234,6 +241,14 @@ def describe(
         "versions": versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def source_of(model: str | Model) -> str:
+    """What other processes load the model by."""
+    if not isinstance(model, str):
+        return model.name
+    # An embedded name is no folder, whatever lies in the one this process happens to work in.
+    return str(Path(model).resolve()) if model not in embedded() and Path(model).is_dir() else model
 
 
 def typed() -> str:
@@ -283,7 +298,7 @@ def load_model(
     if not isinstance(given, str):
         if cluster is not None:
             raise RetourError("a cluster loads the model by itself: give its name or folder")
-        return given
+        return as_model(given)
     if cluster is None or not str(device).startswith("cuda") or torch.cuda.is_available():
         return load(given, device=device, dtype=dtype)
     if dtype is None:
