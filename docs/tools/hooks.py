@@ -5,6 +5,7 @@ Generated at every build, never committed: a page for each method, the command l
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -16,11 +17,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import commands  # noqa: E402
 import methods  # noqa: E402
-from markup import Maths  # noqa: E402
+from markup import Maths, from_docstring, table  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 
 from retour.catalogue import TITLES  # noqa: E402
+from retour.evaluate.metrics import METRICS  # noqa: E402
 
+METRICS_MARK = "<!-- metrics -->"
 CHANGELOG = Path(__file__).parents[2] / "CHANGELOG.md"
 ROW = re.compile(r"^\| `([\w-]+)` \|(.*)$")
 MATE = re.compile(r" `([\w-]+)` \|")
@@ -48,8 +51,19 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Names in the table of all methods lead to their pages."""
-    return linked(markdown) if page.file.src_uri == "methods.md" else markdown
+    """Names in the table of all methods lead to their pages; metrics are listed."""
+    if page.file.src_uri == "methods.md":
+        return linked(markdown)
+    return markdown.replace(METRICS_MARK, metrics()) if METRICS_MARK in markdown else markdown
+
+
+def metrics() -> str:
+    """Table of the benchmark's columns."""
+    head, rows = ["column", "what it is", "unit", "better"], []
+    for name, metric in METRICS.items():
+        said = (inspect.getdoc(metric) or metric.title).split("\n\n")[0]
+        rows.append([f"`{name}`", from_docstring(said), metric.unit, metric.better])
+    return table(head, rows)
 
 
 def linked(markdown: str) -> str:
