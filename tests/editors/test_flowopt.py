@@ -76,11 +76,11 @@ def test_stopping_early_returns_that_iterate():
 def test_cost_and_record():
     inv = inversion()
     found = edit(inv, iterations=8, eta=0.1)
-    assert found.record["nfe_edit"] == 2 * 8 * 9  # guided, 8 of 10 steps, 9 results
+    assert found.record["nfe_edit"] == 2 * 9 * 9  # guided, 9 of 10 steps, 9 results
     assert len(found.record["residuals"]) == 8 and found.record["eta"] == [0.1]
     estimated = edit(inv, iterations=8)
-    assert estimated.record["nfe_edit"] == 2 * 8 * 15
-    assert get("edit", "flowopt").nfe == "24N"  # 2 x 0.8 N x 15
+    assert estimated.record["nfe_edit"] == 2 * 9 * 15
+    assert get("edit", "flowopt").nfe == "26N"  # 2 x 13/15 N x 15
     assert "2510.22010" in retour.cite(found)
 
 

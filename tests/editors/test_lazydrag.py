@@ -34,9 +34,8 @@ SOLVER = get("solver", "euler").make()
 def still(background):
     """A map where nothing moves and `background` (N,) is background; the rest is transition."""
     none = torch.zeros(16, dtype=torch.bool)
-    return DragMap(
-        SIZE, torch.arange(16), torch.zeros(16).double(), none, none, ~background, background
-    )
+    stay, weight = torch.arange(16), torch.zeros(16).double()
+    return DragMap(SIZE, stay, weight, none, none, ~background, background, none)
 
 
 def joint(family):
@@ -277,7 +276,8 @@ def start_of(inv, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_start_is_the_noise_moved(family):
     inv = invert(family)
-    found, [m] = start_of(inv, mask=mask(4, 0, 12, 8), drags="4,8>12,8", mode="move")
+    given = {"mask": mask(4, 0, 12, 8), "drags": "4,8>12,8", "mode": "move"}
+    found, [m] = start_of(inv, **given, fill="noise")
     z = inv.noise[0]
     # Tokens are 4 pixels, two latent cells: the object moves by two tokens, four cells.
     assert torch.equal(found[0, :, 2:6, 4:8], z[:, 2:6, 0:4])
@@ -295,10 +295,32 @@ def test_a_null_drag_starts_where_the_inversion_ended():
 
 def test_fresh_noise_is_seeded_and_shared_by_the_batch():
     inv = invert(images=[picture(0), picture(1)])
-    given = {"mask": mask(4, 0, 12, 8), "drags": "4,8>12,8", "mode": "move"}
+    given = {"mask": mask(4, 0, 12, 8), "drags": "4,8>12,8", "mode": "move", "fill": "noise"}
     first, again, other = (start_of(inv, **given, seed=s)[0] for s in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(first[0, :, 2:6, 0:4], first[1, :, 2:6, 0:4])
+
+
+@pytest.mark.parametrize(("mode", "usual"), [("drag", "noise"), ("move", "neighbours")])
+def test_what_fills_depends_on_what_moves(mode, usual):
+    inv = invert()
+    given = {"mask": mask(0, 0, 16, 16), "drags": "2,6>14,6", "mode": mode}
+    default, noise, near = (
+        start_of(inv, **given, fill=f)[0] for f in (None, "noise", "neighbours")
+    )
+    assert torch.equal(default, {"noise": noise, "neighbours": near}[usual])
+    assert not torch.equal(noise, near)
+
+
+def test_gaps_of_a_magnified_object_are_fresh_or_copies():
+    inv = invert()
+    given = {"mask": mask(4, 4, 12, 12), "drags": "7.5,7.5>7.5,7.5*2", "mode": "move"}
+    fresh, [m] = start_of(inv, **given)
+    copies, _ = start_of(inv, **given, gaps="copy")
+    inside = m.gap.reshape(m.size).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert int(m.gap.sum()) == 12 and bool((m.destination | ~m.gap).all())
+    assert torch.equal(fresh[0][:, ~inside], copies[0][:, ~inside])
+    assert bool((fresh[0] != copies[0])[:, inside].all())
 
 
 def test_neighbours_fill_instead_of_noise():
@@ -316,7 +338,7 @@ def test_neighbours_fill_instead_of_noise():
 
 def test_partial_strength_fills_from_the_picture_around():
     inv = invert(strength=0.5)
-    given = {"mask": mask(4, 0, 12, 8), "drags": "4,8>12,8", "mode": "move"}
+    given = {"mask": mask(4, 0, 12, 8), "drags": "4,8>12,8", "mode": "move", "fill": "noise"}
     found, _ = start_of(inv, **given)
     noised = [start_of(inv, **given, seed=s)[0][0, :, 2:6, 0:4] for s in range(40)]
     mean = torch.stack(noised).mean(0)
@@ -365,7 +387,7 @@ def test_the_controls_matter_and_so_does_their_end(family):
             {"blend_max": 0.0},
             {"identity_until": 0.3},
             {"queries": "image"},
-            {"field": "average", "fill": "neighbours"},
+            {"fill": "noise"},
         )
     ]
     for k, end in enumerate(ends[1:], 1):

@@ -115,6 +115,7 @@ class DragMap:
         vacated: (N,) bool: what was left, and nothing landed on.
         transition: (N,) bool: a band around both.
         background: (N,) bool: the rest.
+        gap: (N,) bool: destinations between the landing places of a magnified object.
     """
 
     size: tuple[int, int]
@@ -124,6 +125,7 @@ class DragMap:
     vacated: Tensor
     transition: Tensor
     background: Tensor
+    gap: Tensor
 
 
 def displacements(
@@ -193,8 +195,9 @@ def drag_map(
         shift, alpha = torch.zeros_like(points), torch.ones(len(points), dtype=torch.float64)
     landed = points + shift
     source, weight = _land(size, points, landed, alpha)
+    gap = torch.zeros(len(source), dtype=torch.bool)
     if mode == "move" and any(max(p.scale) > 1 for p in pulls):
-        _fill_gaps(size, points, landed, alpha, pulls, source, weight)
+        gap = _fill_gaps(size, points, landed, alpha, pulls, source, weight)
     destination = source >= 0
     vacated = editable.flatten() & ~destination
     touched = destination | vacated
@@ -208,6 +211,7 @@ def drag_map(
         vacated,
         transition,
         ~(touched | transition),
+        gap,
     )
 
 
@@ -234,8 +238,8 @@ def _fill_gaps(
     pulls: Sequence[Pull],
     source: Tensor,
     weight: Tensor,
-) -> None:
-    """Give tokens inside a magnified object to the token that covers them."""
+) -> Tensor:
+    """Give tokens inside a magnified object to the token that covers them; return which, (N,)."""
     handles = torch.tensor([p.handle for p in pulls], dtype=torch.float64)
     winner = torch.cdist(points, handles).argmin(1)
     half = torch.tensor([p.scale for p in pulls], dtype=torch.float64)[winner] / 2
@@ -248,6 +252,7 @@ def _fill_gaps(
     taken = nearest[covered]
     source[empty[covered]] = _flat(points[taken].long(), size)
     weight[empty[covered]] = alpha[taken]
+    return torch.zeros(len(source), dtype=torch.bool).index_fill(0, empty[covered], True)
 
 
 def _flat(place: Tensor, size: tuple[int, int]) -> Tensor:

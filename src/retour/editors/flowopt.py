@@ -8,7 +8,9 @@ the last, which is the result.
 
 Where we deviate: the step size is estimated (see :mod:`retour.inverters.flowopt`), a smaller
 fraction of the largest than for inversion, since arriving is not the aim: at half of it eight
-iterations undo most edits. The sampler is Euler's whatever the inverter.
+iterations undo most edits, at a tenth many. The level is that of FLUX in the published settings, 13
+of 15 steps; SD3's, 12 of 15, leaves colours as they were. The sampler is Euler's whatever the
+inverter.
 
 Cost: (iterations + 1 + `probes` x `rounds`) x `strength` N evaluations, twice that with guidance;
 beside the inversion.
@@ -46,8 +48,8 @@ class FlowOptEditOptions(SearchOptions):
     """
 
     iterations: int = 8
-    fraction: float = 0.1
-    strength: float = 0.8
+    fraction: float = 0.05
+    strength: float = 13 / 15
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class FlowOptEditOptions(SearchOptions):
     summary="the target's sampler with its noise fitted towards the source",
     paper=FLOWOPT_PAPER,
     options=FlowOptEditOptions,
-    nfe="24N",
+    nfe="26N",
     requires={"trajectory"},
     mate="uniinv",
 )

@@ -2,8 +2,8 @@ r"""LazyDrag: drag points of a picture, with an explicit map from what moves to 
 
 1. The drags become a map between image tokens (:mod:`._drag_map`): destinations and their origins,
    vacated places, a band of transition, background.
-2. The start is the inverted noise with origins copied to destinations and fresh noise where nothing
-   is left (``fill="neighbours"`` interpolates instead, as FastDrag does).
+2. The start is the inverted noise with origins copied to destinations, and where nothing is left
+   fresh noise (``fill="noise"``), or what FastDrag interpolates there (``"neighbours"``).
 3. The target prompt is sampled with attention that keeps the background and gives what moved its
    origin's keys, values and outputs (:mod:`._drag_attention`).
 
@@ -12,9 +12,13 @@ single-stream blocks of FLUX; here the source is a branch on its inverted trajec
 the same call. That costs N evaluations more and no memory, works for any inversion with a
 trajectory, saved ones too, and reads the tensors at the trajectory's own states instead of
 Uni-Inv's predictions of them. Models without single-stream blocks are controlled in all joint
-blocks from `from_depth` on. The weight of the output's blend "decays over time": we hold it at
-`blend_max` for a fifth of the steps and bring it to 0 by a cosine at `blend_until`. At a partial
-strength the vacated places get the picture filled in from around them, noised to that level.
+blocks from `from_depth` on. In mode `move` the vacated places are interpolated unless told
+otherwise: a whole object is gone there, and from fresh noise the prompt, which still tells of it,
+draws it again. The paper does not say what the places between a magnified object's tokens start
+from: fresh noise, since copies are painted as a pattern. The weight of the output's blend "decays
+over time": we hold it at `blend_max` for a fifth of the steps and bring it to 0 by a cosine at
+`blend_until`. At a partial strength fresh noise is laid over the picture filled in from around the
+vacated places, at that level.
 
 The paper runs without classifier-free guidance, and so does `retour.drag`; a guided target's
 unconditional row is controlled alike. Drags shorter than half a token do nothing.
@@ -76,7 +80,10 @@ class LazyDragOptions:
             any, everything stays in place.
         mode: elastic `drag` of points, or `move` of the masked object as it is.
         field: every token obeys its nearest handle, or the average of all (FastDrag).
-        fill: what the vacated places start from.
+        fill: what the vacated places start from; None: `noise` in mode `drag`, `neighbours` in mode
+            `move`. Noise that is interpolated is weak, which makes them even.
+        gaps: what the places between the tokens of a magnified object start from: fresh noise, or
+            a copy of the nearest token's.
         background: keep the background's attention tokens.
         identity_until: fraction of the steps with appended origins.
         queries: which image tokens see those.
@@ -93,7 +100,8 @@ class LazyDragOptions:
     drags: Drags = ""
     mode: Mode = "drag"
     field: Field = "nearest"
-    fill: Literal["noise", "neighbours"] = "noise"
+    fill: Literal["noise", "neighbours"] | None = None
+    gaps: Literal["noise", "copy"] = "noise"
     background: bool = True
     identity_until: float = 0.8
     queries: Queries = "moved"
@@ -244,13 +252,20 @@ class LazyDrag(Editor):
         ]
         return alpha * from_tokens(torch.stack(filled), patch, maps[0].size).to(z) + sigma * noise
 
+    @property
+    def _interpolates(self) -> bool:
+        fill, mode = self.options.fill, self.options.mode
+        return mode == "move" if fill is None else fill == "neighbours"
+
     def _moved(self, z: Tensor, maps: Sequence[DragMap], fresh: Tensor) -> Tensor:
         patch = z.shape[-1] // maps[0].size[1]
         tokens, others = (to_tokens(v, patch).cpu() for v in (z, fresh))
         rows = []
         for row, other, m in zip(tokens, others, maps, strict=True):
             moved = row[m.source]
-            if self.options.fill == "neighbours":
+            if self.options.gaps == "noise":
+                moved = torch.where(m.gap[:, None], other, moved)
+            if self._interpolates:
                 moved = from_neighbours(moved, m.vacated, m.size)
             else:
                 moved = torch.where(m.vacated[:, None], other, moved)
