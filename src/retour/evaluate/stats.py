@@ -19,7 +19,7 @@ from ..errors import RetourError
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 _CHUNK = 1_000
-_ROWS = 256
+_ROWS = 1_024
 
 
 @dataclass(frozen=True)
@@ -93,26 +93,38 @@ def mean_intervals(
         else:
             found[k] = mean_interval(kept, **options)  # type: ignore[arg-type]
     for size, rows in alike.items():
-        weights = _weights(size, resamples, seed)
         for start in range(0, len(rows), _ROWS):
             some = rows[start : start + _ROWS]
             kept = np.stack([table[k][~np.isnan(table[k])] for k in some])
-            ends = np.quantile(weights @ kept.T, tails, axis=0)
-            for k, values, low, high in zip(some, kept, *ends, strict=True):
+            lows, highs = _quantiles(_all_means(kept, resamples, seed), tails)
+            for k, values, low, high in zip(some, kept, lows, highs, strict=True):
                 found[k] = Interval(float(values.mean()), float(low), float(high), size)
     return [found[k] for k in range(len(table))]
 
 
-def _weights(size: int, resamples: int, seed: int) -> np.ndarray:
-    """Share of each of `size` values in each resample of `_means`: (resamples, size)."""
+def _all_means(table: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Resampled means of rows (rows, items) without gaps, as `_means` draws: (rows, resamples)."""
     rng = np.random.default_rng(seed)
-    weights = np.zeros((resamples, size))
+    means, size = np.empty((len(table), resamples)), table.shape[1]
     for start in range(0, resamples, _CHUNK):
         draws = rng.integers(size, size=(min(_CHUNK, resamples - start), size))
         flat = (draws + size * np.arange(len(draws))[:, None]).ravel()
-        counts = np.bincount(flat, minlength=len(draws) * size)
-        weights[start : start + len(draws)] = counts.reshape(len(draws), size) / size
-    return weights
+        counts = np.bincount(flat, minlength=len(draws) * size).reshape(len(draws), size)
+        means[:, start : start + len(draws)] = table @ (counts / size).T
+    return means
+
+
+def _quantiles(values: np.ndarray, levels: list[float]) -> list[np.ndarray]:
+    """Quantiles of each row, interpolated as NumPy's, which are slower; sorts `values`."""
+    values.sort(axis=1)
+    last = values.shape[1] - 1
+    found = []
+    for level in levels:
+        below = min(int(level * last), max(last - 1, 0))
+        above = min(below + 1, last)
+        share = level * last - below
+        found.append(values[:, below] + share * (values[:, above] - values[:, below]))
+    return found
 
 
 def _means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:

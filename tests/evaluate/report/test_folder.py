@@ -123,11 +123,14 @@ def test_masks_are_optional(folder):
     assert cli.run(["report", str(folder)]) == 0
 
 
-@pytest.mark.parametrize("column", ["image", "item"])
-def test_no_file_outside_of_the_folder_is_read(folder, capsys, column):
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("image", "../secret.png"), ("item", "../../secret"), ("image", "a\0b"), ("image", "/etc/passwd")],
+)
+def test_no_file_outside_of_the_folder_is_read(folder, capsys, column, value):
     shutil.copy(next((folder / "inputs").glob("*.png")), folder.parent / "secret.png")
     rows = rows_of(folder)
-    rows[0][column] = {"image": "../secret.png", "item": "../../secret"}[column]
+    rows[0][column] = value
     write(folder, rows)
     assert "outside of itself" in refused(folder, capsys)
 
@@ -138,6 +141,15 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path, capsys):
     path.unlink()
     path.symlink_to(secret)
     assert "outside of itself" in refused(folder, capsys)
+
+
+def test_odd_values_of_text_columns_are_text(folder):
+    odd = {"split": 3, "source": ["a"], "target": None, "steps": float("inf"), "guidance": "x"}
+    write(folder, [{**row, **odd} for row in rows_of(folder)])
+    bench = Bench.read(folder)
+    assert bench.edits[0].source == "['a']" and bench.edits[0].target == ""
+    assert bench.runs[2].steps is None and bench.runs[2].guidance is None
+    assert cli.run(["report", str(folder)]) == 0
 
 
 def test_labels_do_not_lead_out_either(folder):

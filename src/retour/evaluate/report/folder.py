@@ -23,8 +23,9 @@ INPUTS, TRUTH, MASKS, ATTENTION = "inputs", "truth", "masks", "attention"
 TRUTH_METRIC = "truth_distance"
 REFERENCES = ("copy-input", "vae-ceiling")
 TEXTS = ("kind", "split", "source", "target")
+NAMES = ("run", "item", "image", *TEXTS)
 SETTINGS = ("inverter", "editor", "steps", "guidance", "batch")
-NOT_VALUES = {"run", "item", "image", *TEXTS, *SETTINGS}
+NOT_VALUES = {*NAMES, *SETTINGS}
 COSTS = (
     *("nfe_full", "nfe", "nfe_inversion", "nfe_edit"),
     *("seconds_full", "seconds", "seconds_inversion", "seconds_edit", "peak_mib"),
@@ -81,13 +82,12 @@ class Bench:
     images: dict[tuple[int, int], Path]
 
     @classmethod
-    def read(cls, folder: str | Path) -> Bench:
+    def read(cls, folder: Path) -> Bench:
         """Read a folder that `retour bench` has finished.
 
         Raises:
             RetourError: it is no such folder, or a part of it is missing or damaged.
         """
-        folder = Path(folder)
         _check_finished(folder)
         rows = _read_rows(folder / RESULTS)
         labels = list(dict.fromkeys(row["run"] for row in rows))
@@ -195,10 +195,14 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         ) from None
     if not rows:
         raise RetourError(f"'{path}' has no rows: run the bench on one edit at least.")
-    lacking = [name for name in ("run", "item", "image", *TEXTS) if name not in rows[0]]
+    lacking = [name for name in NAMES if name not in rows[0]]
     if lacking:
         raise RetourError(f"'{path}' lacks the column {lacking[0]!r}: `retour bench` writes it.")
-    return rows
+    return [{**row, **{name: _text(row[name]) for name in NAMES}} for row in rows]
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def _check_once(folder: Path, rows: Sequence[dict[str, Any]], at: list[tuple[int, int]]) -> None:
@@ -220,18 +224,18 @@ def _facts(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _run(row: dict[str, Any]) -> Run:
-    steps, guidance = row.get("steps"), row.get("guidance")
+    steps, guidance = _number(row.get("steps")), _number(row.get("guidance"))
     return Run(
-        str(row["run"]),
-        str(row.get("inverter") or ""),
-        str(row.get("editor") or ""),
-        None if not _is_number(steps) else int(steps),
-        None if not _is_number(guidance) else float(guidance),
+        row["run"],
+        _text(row.get("inverter")),
+        _text(row.get("editor")),
+        None if steps is None or math.isinf(steps) else int(steps),
+        guidance,
     )
 
 
 def _edit(row: dict[str, Any]) -> Edit:
-    return Edit(str(row["item"]), *("" if row[name] is None else str(row[name]) for name in TEXTS))
+    return Edit(row["item"], *(row[name] for name in TEXTS))
 
 
 def _values(
@@ -241,19 +245,22 @@ def _values(
     for name in (key for key in rows[0] if key not in NOT_VALUES):
         values = np.full(shape, np.nan)
         for place, row in zip(at, rows, strict=True):
-            if _is_number(row[name]):
-                values[place] = row[name]
+            value = _number(row[name])
+            if value is not None:
+                values[place] = value
         if not np.isnan(values).all():
             found[name] = values
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not math.isnan(value)
+def _number(value: Any) -> float | None:
+    """A number; None for anything else, NaN included."""
+    known = isinstance(value, (int, float)) and not math.isnan(value)
+    return float(value) if known else None
 
 
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
         raise RetourError(f"'{folder}' names {name!r}, outside of itself: distrust these results.")
     return path

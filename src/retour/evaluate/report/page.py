@@ -75,7 +75,7 @@ def report(
     """
     check_range("the page's size in MiB", max_mib, 1)
     environment = _environment()
-    bench = Bench.read(folder)
+    bench = Bench.read(Path(folder))
     target = check_writable(Path(folder) / NAME if out is None else Path(out), {".html", ".htm"})
     if attention:
         overlays.draw(bench, attention)

@@ -123,14 +123,23 @@ def cells(bench: Bench, found: tuple[Column, ...], kind: str | None) -> list[lis
         Per run, per column: mean, low, high (None where they do not exist) and `mark`.
     """
     keep = bench.of_kind(kind)
-    rows: list[list[dict[str, Any]]] = [[] for _ in bench.runs]
-    for column in found:
-        values = bench.values[column.key][:, keep]
-        intervals = _means(values) if column.cost else mean_intervals(values)
-        marks = _marks(bench, column, values, intervals)
-        for row, interval, mark in zip(rows, intervals, marks, strict=True):
-            row.append({**_ends(interval), "mark": mark})
-    return rows
+    values = [bench.values[column.key][:, keep] for column in found]
+    measured = [k for k, column in enumerate(found) if not column.cost]
+    sampled = dict(zip(measured, _intervals([values[k] for k in measured]), strict=True))
+    intervals = [sampled[k] if k in sampled else _means(values[k]) for k in range(len(found))]
+    marks = _marks(bench, found, values, intervals)
+    return [
+        [{**_ends(intervals[k][run]), "mark": marks[k][run]} for k in range(len(found))]
+        for run in range(len(bench.runs))
+    ]
+
+
+def _intervals(tables: list[np.ndarray]) -> list[list[Interval]]:
+    """Intervals of the rows of several tables, in one go."""
+    if not tables:
+        return []
+    found = iter(mean_intervals(np.concatenate(tables)))
+    return [[next(found) for _ in table] for table in tables]
 
 
 def _means(values: np.ndarray) -> list[Interval]:
@@ -147,35 +156,44 @@ def _ends(interval: Interval) -> dict[str, Any]:
 
 
 def _marks(
-    bench: Bench, column: Column, values: np.ndarray, intervals: list[Interval]
-) -> list[str]:
-    sign = {"higher": 1, "lower": -1}.get(column.better, 0)
-    means = {
-        k: sign * interval.mean
-        for k, interval in enumerate(intervals)
-        if sign and not bench.runs[k].reference and not math.isnan(interval.mean)
-    }
-    marks = [""] * len(intervals)
-    if len(means) < 2:
-        return marks
-    best = max(means, key=lambda k: means[k])
-    for k in means:
-        if means[k] == means[best]:
-            marks[k] = "best"
-        elif not column.cost and not _told_apart(values[k], values[best]):
-            marks[k] = "close"
+    bench: Bench,
+    found: tuple[Column, ...],
+    values: list[np.ndarray],
+    intervals: list[list[Interval]],
+) -> list[list[str]]:
+    """Per column, per run: ``best``, ``close`` or nothing."""
+    best = [_best(bench, column, some) for column, some in zip(found, intervals, strict=True)]
+    gaps = [_gaps(value, value[top[0]]) for value, top in zip(values, best, strict=True) if top]
+    told = iter(_intervals(gaps))
+    marks = []
+    for column, top in zip(found, best, strict=True):
+        row = [""] * len(bench.runs)
+        for run, gap in enumerate(next(told)) if top else ():
+            if not bench.runs[run].reference and gap.count and not gap.apart and not column.cost:
+                row[run] = "close"
+        for run in top:
+            row[run] = "best"
+        marks.append(row)
     return marks
 
 
-def _told_apart(values: np.ndarray, best: np.ndarray) -> bool:
-    return _gaps(values, best)[0].apart
+def _best(bench: Bench, column: Column, intervals: list[Interval]) -> list[int]:
+    """Runs with the best mean; none where there is nothing to rank."""
+    sign = {"higher": 1, "lower": -1}.get(column.better, 0)
+    means = {
+        run: sign * interval.mean
+        for run, interval in enumerate(intervals)
+        if sign and not bench.runs[run].reference and not math.isnan(interval.mean)
+    }
+    top = max(means.values(), default=0.0)
+    return [run for run in means if means[run] == top] if len(means) > 1 else []
 
 
-def _gaps(first: np.ndarray, second: np.ndarray) -> list[Interval]:
-    """Intervals of the mean of first - second (..., items); what is not finite is left out."""
+def _gaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """first - second (..., items), NaN where it is not finite: those are left out."""
     with np.errstate(invalid="ignore"):
         gaps = np.atleast_2d(first - second)
-    return mean_intervals(np.where(np.isfinite(gaps), gaps, np.nan))
+    return np.where(np.isfinite(gaps), gaps, np.nan)
 
 
 def differences(
@@ -193,10 +211,10 @@ def differences(
     pairs = list(combinations(range(len(bench.runs)), 2))
     result: dict[str, list[list[float | str | None]]] = {f"{i}-{j}": [] for i, j in pairs}
     first, second = ([pair[side] for pair in pairs] for side in (0, 1))
-    for column in (column for column in found if not column.cost):
-        values = bench.values[column.key][:, keep]
-        for (i, j), gap in zip(pairs, _gaps(values[first], values[second]), strict=True):
-            result[f"{i}-{j}"].append([json_number(v) for v in (gap.mean, gap.low, gap.high)])
+    values = [bench.values[column.key][:, keep] for column in found if not column.cost]
+    for gaps in _intervals([_gaps(value[first], value[second]) for value in values]):
+        for told, gap in zip(result.values(), gaps, strict=True):
+            told.append([json_number(v) for v in (gap.mean, gap.low, gap.high)])
     return result
 
 
