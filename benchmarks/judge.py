@@ -15,9 +15,10 @@ their finest detail), and no training ever uses it. Both score, for the same
 - true images of other captions
 
 Columns for each scorer: how often the image's own caption comes first of 100 (the others are
-captions of further scenes), and the mean cosine x 100. Below: both orders of the rows with their
-rank correlation, and what the independent scorer knows of scenes, and of concepts, that its fit did
-not contain.
+captions of further scenes), and the mean cosine x 100 with its 95 % interval. Below: both orders of
+the rows with their rank correlation; of how many pairs of rows both scorers are sure (the interval
+of the paired difference excludes zero), and whether they say the same; and what both know of scenes,
+and of concepts, that no fit contained.
 
 Writes `judge.json` and `judge.png` (a row of pictures for each row of the table). What was fitted
 and sampled is kept in DIR, so that a second run is quick.
@@ -28,6 +29,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +42,7 @@ from retour.data.scenes import Mix, Sampler, Studio, make_split
 from retour.data.sprites import load
 from retour.evaluate.judge import Judge, Sentences, Trunk, fit_ridge
 from retour.evaluate.metrics import ClipScorer
+from retour.evaluate.stats import mean_interval, paired_difference
 from retour.io import atomic_write, plain, save_json
 from retour.models.quiet import quietly
 from retour.record import versions
@@ -216,9 +219,26 @@ def table(marks: Mapping[str, Mapping[str, Mark]]) -> str:
     heads = [f"{s}: first of {CHOICES} | {s}: cosine x 100" for s in SCORERS]
     lines = ["| images | " + " | ".join(heads) + " |", "| --- |" + " --- |" * (2 * len(SCORERS))]
     for name, row in marks.items():
-        cells = [f"{100 * row[s].first:.0f} % | {row[s].score:.1f}" for s in SCORERS]
+        cells = [f"{100 * row[s].first:.0f} % | {_interval(row[s])}" for s in SCORERS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _interval(mark: Mark) -> str:
+    found = mean_interval(100 * np.array(mark.values))
+    return f"{mark.score:.1f} [{found.low:.1f}, {found.high:.1f}]"
+
+
+def sure(marks: Mapping[str, Mapping[str, Mark]]) -> dict[str, int]:
+    """Pairs of rows that both scorers can tell apart: alike, opposite; and the rest."""
+    counts = {"alike": 0, "opposite": 0, "not sure": 0}
+    for a, b in combinations(marks.values(), 2):
+        gaps = [paired_difference(a[s].values, b[s].values) for s in SCORERS]
+        if not all(gap.apart for gap in gaps):
+            counts["not sure"] += 1
+        else:
+            counts["alike" if gaps[0].mean * gaps[1].mean > 0 else "opposite"] += 1
+    return counts
 
 
 def agreement(marks: Mapping[str, Mapping[str, Mark]]) -> dict[str, Any]:
@@ -231,6 +251,7 @@ def agreement(marks: Mapping[str, Mapping[str, Mark]]) -> dict[str, Any]:
         "orders": orders,
         "rows": spearman(*scores.values()),
         "images": spearman(*values.values()),
+        "pairs": sure(marks),
     }
 
 
@@ -295,6 +316,7 @@ def main() -> None:
         print(f"{scorer}: {' > '.join(order)}")
     print(f"fitted on {given.fit} true scenes, strength {judge.map.strength:g}")
     print(f"rank correlation: {found['rows']:.2f} of rows, {found['images']:.2f} of images")
+    print("pairs of rows, both sure: " + ", ".join(f"{n} {k}" for k, n in found["pairs"].items()))
     for part, row in unseen.items():
         told = ", ".join(f"{s} {100 * m.first:.0f} %" for s, m in row.items())
         print(f"own caption first of {CHOICES}, fresh scenes of {part!r}: {told}")

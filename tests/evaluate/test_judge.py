@@ -193,15 +193,19 @@ def test_the_table_and_the_orders(script):
     mark = lambda s, v: script.Mark(0.5, s, v)  # noqa: E731
     first, second = script.SCORERS
     marks = {
-        "good": {first: mark(9.0, [9.0, 8.0]), second: mark(5.0, [5.0, 4.0])},
-        "bad": {first: mark(1.0, [1.0, 2.0]), second: mark(2.0, [2.0, 3.0])},
+        "good": {first: mark(9.0, [0.09, 0.09]), second: mark(5.0, [0.05, 0.05])},
+        "bad": {first: mark(1.0, [0.01, 0.01]), second: mark(2.0, [0.02, 0.02])},
     }
     found = script.agreement(marks)
     assert found["orders"] == {first: ["good", "bad"], second: ["good", "bad"]}
     assert found["rows"] == pytest.approx(1) and found["images"] == pytest.approx(1)
     lines = script.table(marks).splitlines()
     assert len(lines) == 4 and {line.count("|") for line in lines} == {6}
-    assert lines[2] == "| good | 50 % | 9.0 | 50 % | 5.0 |"
+    assert lines[2] == "| good | 50 % | 9.0 [9.0, 9.0] | 50 % | 5.0 [5.0, 5.0] |"
+    assert found["pairs"] == {"alike": 1, "opposite": 0, "not sure": 0}
+    marks["worse"] = {first: mark(9.0, [0.1, -0.1]), second: mark(0.0, [0.0, 0.0])}
+    marks["odd"] = {first: mark(0.0, [0.0, 0.0]), second: mark(3.0, [0.03, 0.03])}
+    assert script.sure(marks) == {"alike": 2, "opposite": 1, "not sure": 3}
 
 
 def test_what_was_made_is_kept(script, tmp_path):
