@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -44,6 +45,11 @@ def ui(
     for name in [n for n in shelf.names if shelf.source(n) in (model or ())]:
         shelf.get(name)  # A wrong name shows now, and no visitor waits for it.
     desk = Desk(shelf, longest=queue, seconds=limit, allowed=limits(megabytes))
-    with Server(desk, host=host, port=port) as server:
-        say(f"retour is at {server.url} (Ctrl-C ends it)")
-        server.wait()
+    # Whoever runs it as a service ends it by SIGTERM: that cleans up as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    try:
+        with Server(desk, host=host, port=port) as server:
+            say(f"retour is at {server.url} (Ctrl-C ends it)")
+            server.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)

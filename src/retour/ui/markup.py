@@ -270,7 +270,7 @@ def options(task: str, name: str, fields: Sequence[Field]) -> str:
 
 
 def _field(task: str, field: Field) -> str:
-    default = "" if field.default is None else str(field.default)
+    default = field.shown
     known: dict[str, str] = {"name": field.name, "data_default": default, "title": field.help}
     if field.kind in ("choice", "switch"):
         choices = list(field.choices) if field.kind == "choice" else ["True", "False"]

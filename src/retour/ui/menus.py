@@ -69,6 +69,11 @@ class Field:
     optional: bool = False
     help: str = ""
 
+    @property
+    def shown(self) -> str:
+        """The default as a form shows it."""
+        return "" if self.default is None else str(self.default)
+
 
 def editors(model: Model) -> list[Choice]:
     """Every editor, those that work first."""
@@ -190,6 +195,7 @@ def read_options(task: str, name: str, text: str) -> dict[str, Any]:
         if not isinstance(value, str) or len(value) > MAX_TEXT:
             raise RetourError(f"option {key!r} is a text of at most {MAX_TEXT} characters")
     entry = get(task, name)
+    given = {key: value for key, value in given.items() if value != offered[key].shown}
     built = build_options(entry, given)
     defaults = build_options(entry, {})
     entry.make(**given)

@@ -46,10 +46,7 @@ class Server:
         self.url = f"http://{name}:{self.port}/"
 
     def _launch(self, host: str) -> Any:
-        # Read when the framework is imported: its files go to our folder, and it phones nobody.
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder)
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
         gradio = import_gradio()
         from starlette.middleware import Middleware
 
@@ -108,7 +105,9 @@ class Server:
 
 
 def import_gradio() -> Any:
-    """The web framework, or one sentence about where it comes from."""
+    """The web framework, told to phone nobody; or one sentence about where it comes from."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
         import gradio
     except ImportError:

@@ -1,0 +1,184 @@
+"""What clicks mean, without a web framework: also for visitors who mean no good."""
+
+import json
+import threading
+
+import pytest
+
+from retour.errors import RetourError
+from retour.ui import markup
+from retour.ui.desk import Desk
+from retour.ui.drawing import data_url, limits
+from retour.ui.shelf import Shelf
+from retour.ui.work import Stopped
+from ui.cases import TARGET, OneModel, form
+from ui.test_drawing import painted, png
+
+
+@pytest.fixture(scope="module")
+def shelf():
+    return OneModel()
+
+
+@pytest.fixture
+def desk(shelf):
+    found = Desk(shelf, longest=2)
+    yield found
+    found.close()
+
+
+def bring(desk, session, image, name="in.png"):
+    text = json.dumps({"name": name, "data": data_url(png(image))})
+    return desk.upload(session, text)
+
+
+def test_upload_edit_result(desk, gradient):
+    room = bring(desk, "a", gradient)
+    job = desk.begin("a", form())
+    seen = [p for p in job.follow() if p is not None]
+    entry = job.finish()
+    assert seen[-1].fraction == pytest.approx(1)
+    assert entry.number == 1 and room.find(1) is entry
+    assert entry.made.record["targets"] == [TARGET] and entry.made.recipe.picture == "in.png"
+
+
+def test_two_visitors_do_not_mix(desk, gradient):
+    bring(desk, "a", gradient, "first.png")
+    bring(desk, "b", gradient.rotate(180), "second.png")
+    jobs = {
+        "a": desk.begin("a", form(target="a cat")),
+        "b": desk.begin("b", form(target="a pear", seed=3)),
+    }
+    made = {name: job.finish().made for name, job in jobs.items()}
+    assert made["a"].record["targets"] == ["a cat"] and made["a"].recipe.picture == "first.png"
+    assert made["b"].record["targets"] == ["a pear"] and made["b"].recipe.picture == "second.png"
+    assert len(desk.rooms.enter("a").history) == len(desk.rooms.enter("b").history) == 1
+    alone = Desk(desk.shelf)
+    bring(alone, "c", gradient.rotate(180), "second.png")
+    again = alone.begin("c", form(target="a pear", seed=3)).finish().made
+    alone.close()
+    assert again.after.tobytes() == made["b"].after.tobytes()
+
+
+def test_cancel_is_the_visitors_own(desk, gradient):
+    for name in "ab":
+        bring(desk, name, gradient)
+    first, second = desk.begin("a", form(steps=200)), desk.begin("b", form())
+    desk.cancel("b")
+    with pytest.raises(Stopped):
+        second.finish()
+    assert not first.ticket.done
+    desk.rooms.leave("a")
+    with pytest.raises(Stopped):
+        first.finish()
+
+
+def test_a_mask_confines_and_is_named(desk, gradient):
+    bring(desk, "a", gradient)
+    drawn = json.dumps({"mask": painted((96, 64), (0, 0, 48, 64)), "points": [], "options": {}})
+    entry = desk.begin("a", form(editor="mask-blend", drawn=drawn)).finish()
+    assert entry.made.recipe.mask == "in-mask.png" and entry.mask.size == gradient.size
+    assert entry.made.record["masked"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"target": " "}, "target prompt is empty"),
+        ({"steps": None}, "steps is None"),
+        ({"steps": 2.5}, "whole number"),
+        ({"steps": float("inf")}, "give a number"),
+        ({"guidance": "3"}, "give a number"),
+        ({"guidance": 400}, "guidance is 400"),
+        ({"editor": "nothing"}, "unknown edit method"),
+        ({"inverter": "../x"}, "unknown invert method"),
+        ({"drawn": "nonsense"}, "reload"),
+        ({"drawn": '{"mask": 3}'}, "reload"),
+        ({"drawn": '{"options": []}'}, "reload"),
+        ({"drawn": '{"options": {"edit": {"secret": "1"}}}'}, "unknown option"),
+        ({"drawn": '{"points": [[7, 7]]}'}, "outside"),
+        ({"editor": "lazydrag"}, "pick the drag tool"),
+    ],
+)
+def test_bad_forms_are_refused_before_they_wait(desk, gradient, changes, says):
+    bring(desk, "a", gradient)
+    with pytest.raises(RetourError, match=says):
+        desk.begin("a", form(**changes))
+    assert not desk.rooms.enter("a").busy
+
+
+def test_what_the_model_cannot_do_is_said(desk, gradient):
+    bring(desk, "a", gradient)
+    job = desk.begin("a", form(editor="infedit", inverter="ddim"))
+    with pytest.raises(RetourError, match="does not go with inverter 'ddim'"):
+        job.finish()
+
+
+def test_no_picture_no_job(desk):
+    with pytest.raises(RetourError, match="no picture yet"):
+        desk.begin("new", form())
+    with pytest.raises(RetourError, match="no picture yet"):
+        desk.guess("new")
+
+
+def test_a_bad_upload_leaves_the_old_picture(desk, gradient):
+    room = bring(desk, "a", gradient)
+    with pytest.raises(RetourError, match="'notes.txt' is not a picture"):
+        desk.upload("a", json.dumps({"name": "notes.txt", "data": data_url(b"hello")}))
+    assert room.picture.tobytes() == gradient.tobytes()
+
+
+def test_the_line_is_bounded(desk, gradient):
+    for name in "abcd":
+        bring(desk, name, gradient)
+    jobs = [desk.begin(name, form(steps=200)) for name in "abc"]
+    with pytest.raises(RetourError, match="try again"):
+        desk.begin("d", form())
+    for name in "abc":
+        desk.cancel(name)
+    assert all(threading.Event.wait(job.ticket._done, 10) for job in jobs)
+
+
+def test_examples_can_be_picked(desk):
+    chosen = desk.pick("a", "apple")
+    assert desk.rooms.enter("a").name == "apple.png" and "apple" in chosen.prompt
+    with pytest.raises(RetourError, match="unknown example '../x'"):
+        desk.pick("a", "../x")
+
+
+def test_menus_replace_what_does_not_go(desk):
+    menu = desk.menu("tiny-sd", "lazydrag", "virtual")
+    assert menu.editor == "p2p" and menu.inverter == "virtual"
+    assert desk.menu("tiny-sd", "infedit").inverter == "virtual"
+
+
+def test_only_the_models_of_the_start_can_be_had():
+    shelf = Shelf()
+    for name in ("owner/name", "/etc", "../x", ""):
+        with pytest.raises(RetourError, match="unknown model"):
+            shelf.get(name)
+    assert shelf.names[0] == "emoji-unet"
+
+
+def test_limits_are_the_operators(shelf, gradient):
+    desk = Desk(shelf, allowed=limits(0.0001))
+    with pytest.raises(RetourError, match="bytes: make it smaller"):
+        bring(desk, "a", gradient)
+    desk.close()
+
+
+def test_what_strangers_write_is_escaped(desk, gradient):
+    evil = '<img src=x onerror="alert(1)">'
+    bring(desk, "a", gradient, f"{evil}.png")
+    entry = desk.begin("a", form(source=evil, target=evil + " cat")).finish()
+    room = desk.rooms.enter("a")
+    parts = (
+        markup.picture(gradient, evil, notice=evil),
+        markup.words(evil, evil + " cat"),
+        markup.history(list(room.history)),
+        markup.result(entry),
+        markup.reproduce(entry),
+        markup.no_result(evil),
+    )
+    assert not any("<img src=x" in part for part in parts)
+    assert "&lt;img" in parts[4]
