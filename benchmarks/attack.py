@@ -1,15 +1,18 @@
 """How does a classifier hold? SCA on pictures whose class is known, with its own ablations.
 
     python benchmarks/attack.py [--model emoji-unet] [--classifier emoji-cnn] [--limit 32]
-                                [--radii 0.05,0.1,0.2] [--radius 0.1] [--reference 16384]
-                                [--batch 8] [--out DIR]
+                                [--radii 0.05,0.1,0.2] [--radius 0.1] [--minutes 30]
+                                [--batch 4] [--out DIR]
 
 Pictures are those of the paired set that show one object of a class, and that the classifier gets
-right. Variants, all with the same loop, steps, guidance and pictures:
+right. Variants, all with the same loop, steps and pictures:
 
-- "SCA": noise maps of SDE-DPM-Solver++, the picture's caption
+- "SCA": noise maps of SDE-DPM-Solver++, the picture's caption; the attack's defaults
 - "SCA, no caption": the empty prompt
 - "DDIM": the same caption on the latents of a DDIM inversion
+- "SCA, held": with the square error to the input in the aim, and half the step
+- "gradient skipped": the paper's shortcut, the rest as "SCA"
+- "paper's settings": the shortcut from the noisy end, guidance 4.5, a box that is not scaled
 
 Printed: how often the classifier errs by radius (0: on the reconstruction) and by iterations; then,
 at one radius, how often it and the others err, how far the pictures are from the inputs (PSNR;
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -50,12 +54,23 @@ from retour.privacy.run import Attack
 from retour.record import versions
 
 FULL, EMPTY, DDIM = "SCA", "SCA, no caption", "DDIM"
+HELD, SKIPPED, PAPER = "SCA, held", "gradient skipped", "paper's settings"
 VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
     # Where both halves of the guidance are the empty prompt, its scale only changes the cost.
     EMPTY: {"prompt": "", "guidance": 1.0},
     DDIM: {"inverter": "ddim"},
+    HELD: {"mse_weight": 20.0, "step_size": 0.02},
+    SKIPPED: {"gradient": "skip"},
+    PAPER: {
+        "gradient": "skip",
+        "strength": 1.0,
+        "guidance": 4.5,
+        "reference": None,
+        "keep": "latest",
+    },
 }
+OTHERS = tuple(name for name in VARIANTS if name != FULL)
 TURNS = (0, 1, 2, 5, 10)
 MEASURES = {
     "success": "errs",
@@ -168,12 +183,23 @@ def _caption_cosines(result: Attack, shown: Sequence[Shown]) -> list[float]:
 
 
 def run_all(
-    model: Model, shown: Sequence[Shown], plan: Sequence[tuple[str, float]], batch: int, **how: Any
+    model: Model,
+    shown: Sequence[Shown],
+    plan: Sequence[tuple[str, float]],
+    batch: int,
+    minutes: float = math.inf,
+    **how: Any,
 ) -> tuple[list[Measure], dict[tuple[str, float], list[Attack]]]:
-    """Every variant and radius of the plan on all pictures; they take turns."""
+    """Every variant and radius of the plan on all pictures; they take turns.
+
+    No batch but the first begins that would not end within `minutes`.
+    """
     measures, results = [], {key: [] for key in plan}
+    begun = time.monotonic()
     groups = [shown[k : k + batch] for k in range(0, len(shown), batch)]
-    for group in tqdm(groups, desc="batches"):
+    for number, group in enumerate(tqdm(groups, desc="batches")):
+        if number and (time.monotonic() - begun) * (number + 1) > 60 * minutes * number:
+            break
         for key in plan:
             some, result = measure(model, group, *key, **how)
             measures += some
@@ -270,10 +296,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=32)
     parser.add_argument("--radii", default="0.05,0.1,0.2", help="of SCA alone")
     parser.add_argument("--radius", type=float, default=0.1, help="where variants are compared")
-    parser.add_argument("--reference", type=int, help="latent values that radii are meant for")
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="fewer pictures if need be")
     parser.add_argument("--out", type=Path, default=Path("runs/attack"))
     return parser.parse_args()
 
@@ -285,15 +311,18 @@ def main() -> None:
     known = list(labelled(Suite.paired().items, judge.labels))
     shown = told_right(known, judge)[: given.limit]
     radii = sorted({float(r) for r in given.radii.split(",")} | {given.radius})
-    plan = [(FULL, r) for r in radii] + [(EMPTY, given.radius), (DDIM, given.radius)]
-    how = {k: getattr(given, k) for k in ("iterations", "steps", "reference")}
+    plan = [(FULL, r) for r in radii] + [(name, given.radius) for name in OTHERS]
+    how = {k: getattr(given, k) for k in ("iterations", "steps")}
     given.out.mkdir(parents=True, exist_ok=True)
     with quiet():
-        measures, results = run_all(model, shown, plan, given.batch, classifier=judge, **how)
+        measures, results = run_all(
+            model, shown, plan, given.batch, given.minutes, classifier=judge, **how
+        )
+    shown = shown[: len(pick(measures, FULL, given.radius))]
     errors = by_radius(measures, FULL)
     turns = {name: by_turns(measures, name, given.radius) for name in VARIANTS}
     means = {name: summary(measures, name, given.radius) for name in VARIANTS}
-    gaps = {f"{FULL} - {o}": difference(measures, o, given.radius) for o in (EMPTY, DDIM)}
+    gaps = {f"{FULL} - {o}": difference(measures, o, given.radius) for o in OTHERS}
     report = {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -318,7 +347,7 @@ def main() -> None:
     save_image(sheet(results[FULL, given.radius]), given.out / "attack.png")
     print(
         f"{len(shown)} pictures, {model.name} ({model.fingerprint}), {judge.name}; "
-        f"{given.steps} steps, {given.iterations} iterations, reference {given.reference}"
+        f"{given.steps} steps, {given.iterations} iterations"
     )
     print(table("errs by radius", {FULL: errors}, {k: k for k in errors}))
     counts = {k: k for k in turns[FULL]}

@@ -39,8 +39,9 @@ def shown(bench):
 
 @pytest.fixture(scope="module")
 def run(bench, shown):
-    plan = [(bench.FULL, 0.1), (bench.FULL, 2.0), (bench.EMPTY, 0.1), (bench.DDIM, 0.1)]
+    plan = [(bench.FULL, 0.1), (bench.FULL, 2.0)] + [(name, 0.1) for name in bench.OTHERS]
     how = {"steps": 3, "iterations": 2, "step_size": 1.0, "victims": [cases.classifier()]}
+    how |= {"reference": None, "strength": 1.0, "keep": "margin"}
     return bench.run_all(cases.model(), shown, plan, 2, classifier=cases.classifier(), **how)
 
 
@@ -59,9 +60,17 @@ def test_only_what_the_classifier_tells_right_is_attacked(bench, shown):
 
 def test_every_picture_is_measured_at_every_point_of_the_plan(bench, run):
     measures, results = run
-    assert len(measures) == 4 * 3 and {len(r) for r in results.values()} == {2}
+    assert len(measures) == 7 * 3 and {len(r) for r in results.values()} == {2}
     for variant, radius in results:
         assert [m.item for m in bench.pick(measures, variant, radius)] == ["0", "1", "2"]
+
+
+def test_no_batch_begins_that_would_not_end_in_time(bench, shown):
+    how = {"steps": 1, "iterations": 0, "victims": [cases.classifier()]}
+    measures, _ = bench.run_all(
+        cases.model(), shown, [(bench.FULL, 0.1)], 1, 0.0, classifier=cases.classifier(), **how
+    )
+    assert [m.item for m in measures] == ["0"]
 
 
 def test_errors_are_counted_by_radius_and_by_iterations(bench, run):

@@ -17,7 +17,9 @@ from retour import cli
 from retour.io import read_record
 from retour.privacy import Classifier, load_classifier
 
-COMMON = {"inverter": "ddim", "steps": 3, "iterations": 2}
+# The published loop, whose steps are known beforehand.
+COMMON = {"inverter": "ddim", "steps": 3, "iterations": 2, "guidance": 4.5}
+COMMON |= {"gradient": "skip", "strength": 1.0, "reference": None, "keep": "margin"}
 
 
 def attack(images=None, label="red", **options):
@@ -77,6 +79,18 @@ def test_the_picture_is_that_of_the_best_latents():
 def test_evaluations_are_those_of_inversion_search_and_the_last_way_back():
     """Guided ddim: 2n up; 2n for each of N_a + 1 judged and for the last."""
     assert attack().record["nfe"] == 2 * 3 * (1 + 2 + 2)
+
+
+def test_a_full_gradient_walks_every_step_once_more():
+    assert attack(gradient="full").record["nfe"] == 2 * 3 * (1 + 2 + 2 + 2)
+
+
+def test_guidance_is_a_share_of_the_models_own_and_recorded():
+    """The paper's 4.5 is .6 of Stable Diffusion's 7.5; this model's own is 3."""
+    record = attack(guidance=None, inverter="sde-dpm", iterations=0).record
+    assert record["inverter_options"]["inversion_guidance"] == pytest.approx(1.8)
+    assert record["inversion"]["guidance"] == pytest.approx(1.8)
+    assert record["attack_options"]["guidance"] is None
 
 
 def test_one_label_each_and_one_for_all():

@@ -6,26 +6,29 @@ from torch.nn import functional as F
 
 import retour
 from privacy import cases
+from problems import PATHS, Mixture, ProblemModel
+from retour.core.loop import walk
 from retour.core.registry import get
 from retour.privacy import Classifier
-from retour.privacy.base import AttackJob
+
+# The published loop: its own box, the denoiser skipped in the gradient.
+PAPER = {"gradient": "skip", "reference": None, "strength": 1.0, "guidance": 4.5}
 
 
 def sca(**options):
-    return get("attack", "sca").make(**options)
+    return get("attack", "sca").make(**{**PAPER, "keep": "margin", **options})
 
 
 def spied(job):
     """Starting latents and data latents of every D, in order."""
-    calls, denoise = [], job.denoise
+    calls, track = [], job.denoise.track
 
     def spy(x):
-        z = denoise(x)
-        calls.append((x.clone(), z.clone()))
-        return z
+        states = track(x)
+        calls.append((x.clone(), states[-1].x.clone()))
+        return states
 
-    spy.replay, spy.model = denoise.replay, denoise.model
-    job.denoise = spy
+    job.denoise.track = spy
     return calls
 
 
@@ -124,13 +127,17 @@ class _Scripted:
         self.start = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         self.labels, self.images = torch.tensor([0]), torch.zeros(1, 1, 1, 1)
         self.asked = []
+        self.denoise = self
         self.classifier = Classifier(self._logits, mean=(0.0,), std=(1.0,))
 
-    def denoise(self, x):
+    def track(self, x):
         if not any(torch.equal(x, seen) for seen in self.asked):
             self.asked.append(x)
         turn = next(k for k, seen in enumerate(self.asked) if torch.equal(x, seen))
-        return torch.full_like(x, turn / 255)
+        return [torch.full_like(x, turn / 255)]
+
+    def picked(self, state):
+        return state
 
     def render(self, z):
         return z
@@ -194,9 +201,15 @@ class _Fixed:
     """A job whose D gives one grey, whatever it is asked."""
 
     def __init__(self, job, grey):
-        self.denoise = lambda x: torch.full_like(x, 2 * grey / 255 - 1)
+        self.denoise, self.grey = self, 2 * grey / 255 - 1
         self.start, self.classifier, self.labels = job.start, job.classifier, job.labels
         self.render = job.render
+
+    def track(self, x):
+        return [torch.full_like(x, self.grey)]
+
+    def picked(self, state):
+        return state
 
 
 def test_no_network_is_differentiated(monkeypatch):
@@ -286,9 +299,111 @@ def test_bad_options_are_refused(options, says):
         sca(**options)
 
 
-def test_defaults_are_the_papers():
-    options = sca().options
+def test_defaults_are_the_papers_at_the_papers_size():
+    attack = get("attack", "sca").make()
+    options = attack.options
     assert (options.iterations, options.step_size, options.radius) == (10, 0.04, 0.1)
     assert (options.momentum, options.mse_weight) == (1.0, 0.0)
-    assert (options.inverter, options.steps, options.guidance) == ("sde-dpm", 10, 4.5)
-    assert AttackJob.__doc__
+    assert (options.inverter, options.steps, options.reference) == ("sde-dpm", 10, 4 * 64 * 64)
+    usual = cases.model()
+    usual.default_guidance = 7.5
+    assert attack.guidance(usual) == pytest.approx(4.5)
+    assert sca(guidance=3.0).guidance(usual) == 3.0
+
+
+# --- The full gradient ----------------------------------------------------------------------------
+
+
+def curved(method):
+    """Squares in a mixture of textures, whose overlap makes the way back bend."""
+    generator = torch.Generator().manual_seed(0)
+    means = 0.15 * torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
+    data = Mixture(("red", "green", "blue"), (0.4, 0.3, 0.3), means, (0.4, 0.3, 0.35))
+    net = ProblemModel(data, PATHS["discrete"], "v")
+    both = {} if method in ("ddim", "edict") else {"inversion_guidance": 2.0, "strength": 1.0}
+    return cases.job(
+        cases.squares(2), method=method, steps=4, guidance=2.0, net=net, prompt="green", **both
+    )
+
+
+def loss(job, x):
+    """What the attack raises, per image, with the graph of everything if grad is on."""
+    way = job.denoise
+    end = walk(
+        way.replay.solver,
+        way.denoiser,
+        way._start(x),
+        way.inversion.grid,
+        down=True,
+        controls=[way.replay.control],
+    )
+    logits = job.classifier(job.render(way.picked(end)))
+    return F.cross_entropy(logits, job.labels, reduction="none")
+
+
+def pulled(job, x):
+    track = job.denoise.track(x)
+    _, gradient = sca()._judge(job, job.denoise.picked(track[-1]))
+    return job.denoise.pull(x, track, gradient)
+
+
+# Two of them carry memory that a change goes through: the step before, the coupled partner.
+@pytest.mark.parametrize("method", ["sde-dpm", "edit-friendly", "ddim", "edict"])
+def test_the_full_gradient_is_that_of_one_graph(method):
+    """In float64 on a mixture: not affine, and the network sees all values at once."""
+    job = curved(method)
+    x = (job.start + 0.1).requires_grad_()
+    [whole] = torch.autograd.grad(loss(job, x).sum(), x)
+    found = pulled(job, x.detach())
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["sde-dpm", "edict"])
+def test_the_full_gradient_is_that_of_finite_differences(method):
+    """Of a linear aim in the data latents: classifiers are asked in float32."""
+    way = curved(method).denoise
+    x = way.replay.state.x
+    generator = torch.Generator().manual_seed(0)
+    aim, move = torch.randn(2, *x.shape, generator=generator, dtype=x.dtype)
+    found = (way.pull(x, way.track(x), aim) * move).sum((1, 2, 3))
+    # EDICT shows the network 16 bits of its latents: a staircase of 1e-5, seen over 2e-3.
+    step, near = (1e-3, 1e-2) if method == "edict" else (1e-4, 1e-6)
+    rise = (aim * (way(x + step * move) - way(x - step * move))).sum((1, 2, 3)) / (2 * step)
+    torch.testing.assert_close(found, rise, rtol=near, atol=near)
+
+
+def test_the_skipped_gradient_is_another_where_the_generator_is_curved():
+    """What the paper's shortcut leaves out; on one Gaussian, a scalar slope, nothing."""
+    for job, apart in ((curved("sde-dpm"), True), (cases.job(cases.squares(1)), False)):
+        track = job.denoise.track(job.start)
+        _, skipped = sca()._judge(job, job.denoise.picked(track[-1]))
+        full = job.denoise.pull(job.start, track, skipped)
+        cosine = F.cosine_similarity(skipped.flatten(1), full.flatten(1))
+        assert bool((cosine < 0.99).all()) is apart
+        assert apart or cosine.min() > 1 - 1e-9
+
+
+def test_the_full_gradient_raises_the_loss_more_to_first_order():
+    job = curved("sde-dpm")
+    track = job.denoise.track(job.start)
+    _, skipped = sca()._judge(job, job.denoise.picked(track[-1]))
+    full = job.denoise.pull(job.start, track, skipped)
+    rises = [loss(job, job.start + 1e-3 * g.sign()) - loss(job, job.start) for g in (full, skipped)]
+    assert (rises[0] > rises[1]).all()
+
+
+def test_the_full_gradient_of_a_network_is_counted_and_leaves_no_graph():
+    job = cases.job(cases.squares(2), method="ddim", steps=5)
+    found = sca(gradient="full", iterations=3).attack(job)
+    assert job.ledger.nfe(2) == 2 * 5 * (3 + 1 + 3)
+    assert not found.start.requires_grad and not found.unchanged.requires_grad
+    assert not found.trace.requires_grad
+
+
+def test_a_batch_with_full_gradients_does_what_its_images_do_alone():
+    images = cases.squares(3)
+    together = sca(gradient="full").attack(cases.job(images))
+    for k, image in enumerate(images):
+        alone = sca(gradient="full").attack(cases.job([image]))
+        torch.testing.assert_close(alone.start[0], together.start[k], rtol=0, atol=1e-12)

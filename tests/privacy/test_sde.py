@@ -66,7 +66,15 @@ def test_recorded_noise_is_wide_and_each_step_works_against_the_one_before():
 def test_the_attack_inverts_and_returns_at_one_guidance():
     image = cases.square()
     result = retour.attack(
-        cases.model(), image, "red", classifier=cases.classifier(), prompt="red", iterations=1
+        cases.model(),
+        image,
+        "red",
+        classifier=cases.classifier(),
+        prompt="red",
+        iterations=1,
+        guidance=4.5,
+        strength=1.0,
+        radius=0.001,
     )
     record = result.record
     assert record["inverter"] == "sde-dpm"
@@ -74,8 +82,8 @@ def test_the_attack_inverts_and_returns_at_one_guidance():
     assert record["inverter_options"]["strength"] == 1.0
     shown = np.asarray(retour.io.read_image(image))
     assert np.array_equal(np.asarray(result.reconstructions[0]), shown)
-    # 2n to invert, 2n for each of two X and for the last D.
-    assert record["nfe"] == 2 * 10 * (1 + 2 + 1)
+    # 2n to invert, 2n for each of two X, for the gradient between them and for the last D.
+    assert record["nfe"] == 2 * 10 * (1 + 2 + 1 + 1)
     assert [len(record["inversion"][k]) for k in ("prompts", "placements")] == [1, 1]
 
 

@@ -11,7 +11,9 @@ of the inversion that was made: the same solver, prompt, guidance and stored noi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -57,13 +59,55 @@ class WayBack:
             ledger=ledger,
         )
 
-    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Starting latents (B, C, h, w) -> data latents; no solver memory outlives a call."""
-        state = self._start(x).map(lambda v: v.to(self.model.device))
-        grid, controls = self.inversion.grid, [self.replay.control]
-        end = walk(self.replay.solver, self.denoiser, state, grid, down=True, controls=controls)
-        return end.x[self.denoiser.layout["target"]]
+        return self.picked(self.track(x)[-1])
+
+    @torch.no_grad()
+    def track(self, x: Tensor) -> list[State]:
+        """Every state of the way back from `x`, the starting one first."""
+        states = [self._start(x).map(lambda v: v.to(self.model.device))]
+        for interval in reversed(range(self.inversion.grid.steps)):
+            states.append(self._step(states[-1], interval))
+        return states
+
+    def picked(self, state: State) -> Tensor:
+        """Data latents (B, C, h, w) of a state at the clean end."""
+        return state.x[self.denoiser.layout["target"]]
+
+    def pull(self, x: Tensor, track: Sequence[State], gradient: Tensor) -> Tensor:
+        r"""Gradient in the data latents -> gradient in the starting latents, :math:`J^T G`.
+
+        Every step is walked once more, from the clean end on, and differentiated alone, so that
+        memory holds the graph of one step, however many there are.
+
+        Args:
+            x: starting latents (B, C, h, w).
+            track: what :meth:`track` gives for them.
+            gradient: of some aim in the data latents (B, C, h, w).
+        """
+        end = State(torch.zeros_like(track[-1].x))
+        end.x[self.denoiser.layout["target"]] = gradient.to(end.x)
+        for interval, state in enumerate(reversed(track[:-1])):
+            end = _pulled(partial(self._step, interval=interval), state, end)
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            start = self._start(leaf).map(lambda v: v.to(self.model.device))
+        outputs, weights = _paired(start, end)
+        [found] = torch.autograd.grad(outputs, leaf, weights)
+        return found.to(x)
+
+    def _step(self, state: State, interval: int) -> State:
+        """One interval of the way back, counted from the clean end."""
+        return walk(
+            self.replay.solver,
+            self.denoiser,
+            state,
+            self.inversion.grid,
+            down=True,
+            between=(interval, interval + 1),
+            controls=[self.replay.control],
+        )
 
     def _start(self, x: Tensor) -> State:
         still, coupled = self.replay.state, self.inversion.states
@@ -73,6 +117,30 @@ class WayBack:
             return State(x, memory)
         both = {k: torch.cat([still.memory[k], v]) for k, v in memory.items()}
         return State(torch.cat([still.x, x]), both)
+
+
+def _pulled(step: Callable[[State], State], before: State, end: State) -> State:
+    """Gradient in what `step` makes of `before` -> gradient in `before`.
+
+    Memory that is latents counts too; memory of another shape is the solver's clock.
+    """
+    latents = {k: v for k, v in before.memory.items() if v.shape == before.x.shape}
+    x, *memory = leaves = [v.detach().requires_grad_() for v in (before.x, *latents.values())]
+    with torch.enable_grad():
+        after = step(State(x, {**before.memory, **dict(zip(latents, memory, strict=True))}))
+    outputs, weights = _paired(after, end)
+    found = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
+    x, *memory = (
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)
+    )
+    return State(x, dict(zip(latents, memory, strict=True)))
+
+
+def _paired(state: State, gradient: State) -> tuple[list[Tensor], list[Tensor]]:
+    """What of `state` has a graph, beside the gradient in it."""
+    pairs = [(state.x, gradient.x), *((state.memory[k], v) for k, v in gradient.memory.items())]
+    kept = [(value, weight) for value, weight in pairs if value.requires_grad]
+    return [value for value, _ in kept], [weight for _, weight in kept]
 
 
 def bounded(values: Tensor) -> Tensor:
@@ -149,8 +217,11 @@ class Found:
 class Attacker(Protocol):
     """An attack; holds options only.
 
-    Its options name the `inverter`, its `steps` and `strength`, and the `guidance` of both ways.
+    Its options name the `inverter`, its `steps` and `strength`.
     """
+
+    def guidance(self, model: Model) -> float:
+        """Guidance scale of both ways."""
 
     def attack(self, job: AttackJob) -> Found:
         """Look for starting latents whose pictures the classifier gets wrong."""

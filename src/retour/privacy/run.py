@@ -100,16 +100,17 @@ def attack(
     api.refuse_impossible(model, entry)
     trial = _prepare(model, image, label, classifier, victims)
     prompts = _prompts(prompt, describe, trial.pictures)
+    guidance = attacker.guidance(model)
     inversion = api.invert(
         model,
         trial.pictures,
         prompts,
         method=wanted.inverter,
         steps=wanted.steps,
-        guidance=wanted.guidance,
+        guidance=guidance,
         negative=negative,
         seed=seed,
-        **_inverter_options(wanted, inverter_options or {}),
+        **_inverter_options(wanted, guidance, inverter_options or {}),
     )
     inversion.record["placements"] = trial.placements
     job = AttackJob(inversion, trial.judges[0], trial.truth, trial.images)
@@ -190,10 +191,10 @@ def _prepare(
     return _Trial(pictures, placements, labels, judges, truth, pixels)
 
 
-def _inverter_options(wanted: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def _inverter_options(wanted: Any, guidance: float, given: Mapping[str, Any]) -> dict[str, Any]:
     """Both ways walk the same part of the grid at the same guidance, unless the caller says so."""
     known = {f.name for f in fields(get("invert", wanted.inverter).options)}
-    same = {"inversion_guidance": wanted.guidance, "strength": wanted.strength}
+    same = {"inversion_guidance": guidance, "strength": wanted.strength}
     return {k: v for k, v in same.items() if k in known} | dict(given)
 
 

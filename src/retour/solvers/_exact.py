@@ -44,11 +44,15 @@ def check_bits(bits: int | None) -> None:
 
 
 def snap(x: Tensor, bits: int | None) -> Tensor:
-    """Round to `bits` significant bits, with edges where no float32 number lies."""
+    """Round to `bits` significant bits, with edges where no float32 number lies.
+
+    For a gradient it is the identity: that of the rounding is 0 and would cut the network off.
+    """
     if bits is None:
         return x
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.floor(mantissa * 2**bits + EDGE), exponent - bits)
+    mantissa, exponent = torch.frexp(x.detach())
+    snapped = torch.ldexp(torch.floor(mantissa * 2**bits + EDGE), exponent - bits)
+    return x + (snapped - x).detach() if x.requires_grad else snapped
 
 
 def couples_noise(kind: str) -> bool:
