@@ -17,8 +17,8 @@ their finest detail), and no training ever uses it. Both score, for the same
 Columns for each scorer: how often the image's own caption comes first of 100 (the others are
 captions of further scenes), and the mean cosine x 100 with its 95 % interval. Below: both orders of
 the rows with their rank correlation; of how many pairs of rows both scorers are sure (the interval
-of the paired difference excludes zero), and whether they say the same; and what both know of scenes,
-and of concepts, that no fit contained.
+of the paired difference excludes zero), and whether they say the same; and what both know of
+scenes, and of concepts, that no fit contained.
 
 Writes `judge.json` and `judge.png` (a row of pictures for each row of the table). What was fitted
 and sampled is kept in DIR, so that a second run is quick.
