@@ -70,6 +70,12 @@ def test_an_unfinished_run_says_how_to_go_on(folder, capsys, name):
     assert f"has no {name}" in said and "unfinished" in said
 
 
+def test_a_folder_of_retour_batch_is_told_apart(folder, capsys):
+    (folder / "summary.json").unlink()
+    (folder / "plan.json").write_text('{"format": "retour-batch/1"}')
+    assert "is of `retour batch`, which measures nothing" in refused(folder, capsys)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
 def test_a_truncated_table(folder, capsys, keep):
     path = folder / "results.parquet"
@@ -125,7 +131,12 @@ def test_masks_are_optional(folder):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("image", "../secret.png"), ("item", "../../secret"), ("image", "a\0b"), ("image", "/etc/passwd")],
+    [
+        ("image", "../secret.png"),
+        ("item", "../../secret"),
+        ("image", "a\0b"),
+        ("image", "/etc/passwd"),
+    ],
 )
 def test_no_file_outside_of_the_folder_is_read(folder, capsys, column, value):
     shutil.copy(next((folder / "inputs").glob("*.png")), folder.parent / "secret.png")

@@ -41,7 +41,8 @@ function differenceRow(column, k, a, b) {
   const ends = Number.isNaN(gap[1])
     ? "n/a"
     : `${signed(gap[1], column.digits)} to ${signed(gap[2], column.digits)}`;
-  const name = make("th", { scope: "row", class: "first" }, make("span", { class: "label" }, column.title));
+  const title = make("span", { class: "label" }, column.title);
+  const name = make("th", { scope: "row", class: "first" }, title, make("span", { class: "unit" }, column.unit));
   const star = told ? make("b", { class: "star", title: "the interval excludes zero" }, " ★") : null;
   return make(
     "tr",

@@ -20,6 +20,7 @@ from ...errors import RetourError
 
 PLAN, RESULTS, SUMMARY = "plan.json", "results.parquet", "summary.json"
 INPUTS, TRUTH, MASKS, ATTENTION = "inputs", "truth", "masks", "attention"
+BATCH_FORMAT = "retour-batch"
 TRUTH_METRIC = "truth_distance"
 REFERENCES = ("copy-input", "vae-ceiling")
 TEXTS = ("kind", "split", "source", "target")
@@ -160,6 +161,11 @@ def _check_finished(folder: Path) -> None:
     if not missing:
         return
     if (folder / PLAN).is_file():
+        if str(_read_object(folder / PLAN).get("format", "")).startswith(BATCH_FORMAT):
+            raise RetourError(
+                f"'{folder}' is of `retour batch`, which measures nothing: a report is made of a "
+                "folder that `retour bench` wrote."
+            )
         raise RetourError(
             f"'{folder}' has no {' and no '.join(missing)}: its run is unfinished, so give the "
             "same `retour bench` command again."

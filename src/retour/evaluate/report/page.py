@@ -152,7 +152,7 @@ def _item(bench: Bench, columns: Sequence[tables.Column], item: int) -> dict[str
 
 def spoken(kind: str) -> str:
     """Name of a kind of edit as it is read."""
-    return kind.replace("change_attribute_", "change_").replace("_", " ") if kind else "all edits"
+    return kind.replace("change_attribute_", "change_").replace("_", " ") if kind else "all"
 
 
 def _notes(bench: Bench, shown: int, max_mib: float) -> tuple[str, ...]:
