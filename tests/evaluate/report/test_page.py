@@ -116,9 +116,14 @@ def test_what_is_left_out_is_said(made, tmp_path, monkeypatch):
     assert all(note in written.path.read_text() for note in written.notes)
 
 
-def test_the_bound_is_kept(made, tmp_path):
-    written = report(made, tmp_path / "page.html", max_mib=1)
-    assert written.size < 2**20
+def test_the_bound_is_kept_and_used(made, tmp_path, monkeypatch):
+    whole = report(made, tmp_path / "whole.html").size
+    monkeypatch.setattr(page, "MIB", 1)
+    for bound in (whole - 1, whole - 20_000, whole // 2):
+        written = report(made, tmp_path / "page.html", max_mib=bound)
+        # One more edit would not have fitted: they have about 40 kB each.
+        assert bound - 80_000 < written.size <= bound and written.notes
+    assert report(made, tmp_path / "page.html", max_mib=whole + 2_000).notes == ()
 
 
 def test_a_failure_leaves_an_older_page_as_it_was(tmp_path, monkeypatch):

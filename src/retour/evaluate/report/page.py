@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MAX_MIB = 32.0
 MIB = 2**20
 NAME = "report.html"
+WRAPPER = 80  # Bytes around the pictures of one edit, at most.
 TEMPLATE, STYLE = "page.html.jinja", "page.css"
 SCRIPTS = (
     *("base.js", "table.js", "compare.js", "plot.js"),
@@ -88,37 +89,51 @@ def report(
 
 def render(environment: Environment, bench: Bench, max_mib: float) -> tuple[str, tuple[str, ...]]:
     """The page's text, and the sentences on what it leaves out."""
+    fixed = _fixed(bench)
+    template = environment.get_template(TEMPLATE)
+    notes = _notes(bench, 0, max_mib)
+    bare = template.render(**fixed, **_shown({}), notes=notes)
+    used = len(bare.encode("utf-8", "backslashreplace")) + WRAPPER * len(bench.edits)
+    pictures = gallery(bench, int(max_mib * MIB) - used)
+    notes = _notes(bench, len(pictures), max_mib)
+    return template.render(**fixed, **_shown(pictures), notes=notes), notes
+
+
+def _fixed(bench: Bench) -> dict[str, Any]:
+    """Everything of the page but its pictures, for the template."""
     from markupsafe import Markup
 
     found = tables.columns(bench)
     data = page_data(bench, found)
     script, style = _own(SCRIPTS), _own([STYLE])
-    table = escaped(data)
-    room = int(max_mib * MIB) - len(table) - len(script) - len(style)
-    pictures = gallery(bench, room)
-    notes = _notes(bench, len(pictures), max_mib)
-    text = environment.get_template(TEMPLATE).render(
-        title=header.title(bench),
-        lead=header.lead(bench),
-        facts=header.facts(bench),
-        versions=header.versions(bench),
-        command=header.command(bench),
-        notes=notes,
-        layers={
+    return {
+        "title": header.title(bench),
+        "lead": header.lead(bench),
+        "facts": header.facts(bench),
+        "versions": header.versions(bench),
+        "command": header.command(bench),
+        "columns": found,
+        "runs": bench.runs,
+        "cells": data["cells"][""],
+        "kinds": data["kinds"],
+        "data": Markup(escaped(data)),
+        "script": Markup(script),
+        "style": Markup(style),
+        "policy": policy(script, style),
+    }
+
+
+def _shown(pictures: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The pictures, and which layers there are of them."""
+    from markupsafe import Markup
+
+    return {
+        "pictures": [(k, Markup(escaped(shown))) for k, shown in pictures.items()],
+        "layers": {
             "masks": any(shown["mask"] for shown in pictures.values()),
             "attention": any(any(shown["attention"]) for shown in pictures.values()),
         },
-        columns=found,
-        runs=bench.runs,
-        cells=data["cells"][""],
-        kinds=data["kinds"],
-        data=Markup(table),
-        pictures=[(k, Markup(escaped(pictures[k]))) for k in pictures],
-        script=Markup(script),
-        style=Markup(style),
-        policy=policy(script, style),
-    )
-    return text, notes
+    }
 
 
 def page_data(bench: Bench, found: Sequence[tables.Column]) -> dict[str, Any]:
