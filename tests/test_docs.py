@@ -289,3 +289,19 @@ def test_the_table_of_methods_leads_to_their_pages(tools):
     linked = hooks.linked(catalogue.page())
     for entry in registry.entries():
         assert f"| [`{entry.name}`]({methods.path(entry)}) |" in linked
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_fetches_nothing(tools, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", tmp_path]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(registry.entries())
+    outside = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"(?:https?:)?//")
+    styles = re.compile(r"<link\b[^>]*\bhref=\"(?:https?:)?//")
+    for page in pages:
+        html = page.read_text(encoding="utf-8")
+        assert not outside.search(html) and not styles.search(html), page
+    formulas = (tmp_path / "methods" / "edit" / "p2p" / "index.html").read_text(encoding="utf-8")
+    assert formulas.count("<math") > 5 and "@misc{p2p2022" in re.sub(r"<[^>]*>", "", formulas)

@@ -347,12 +347,12 @@ def _options(entry: Entry) -> str:
     meanings, hints = _meanings(entry.options), typing.get_type_hints(entry.options)
     defaults = _defaults(entry)
     rows = [
-        [f"`{f.name}`", _type(hints[f.name]), f"`{_shown(defaults[f.name])}`", meanings[f.name]]
+        [f"`{f.name}`", meanings[f.name], f"`{_shown(defaults[f.name])}`", _type(hints[f.name])]
         for f in fields
     ]
     flag = {"invert": "-I", "edit": "-E", "restore": "-R", "attack": "-A"}.get(entry.task)
     given = f" On the command line: `{flag} {fields[0].name}=...`." if flag else ""
-    return f"{table(['option', 'values', 'default', 'meaning'], rows)}\nKeyword arguments.{given}"
+    return f"{table(['option', 'meaning', 'default', 'values'], rows)}\nKeyword arguments.{given}"
 
 
 def _meanings(options: type) -> dict[str, str]:
