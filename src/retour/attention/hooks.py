@@ -319,7 +319,8 @@ class _Processor:
     def _run(self, watch: _Watch, *args: Any, **kw: Any) -> Any:
         """Run the layer's processor with its attention watched."""
         if self.direct:
-            return _with_functional(type(self.runner).__call__, watch)(self.runner, *args, **kw)
+            call = cast(FunctionType, type(self.runner).__call__)
+            return _with_functional(call, watch)(self.runner, *args, **kw)
         with _Override(watch):
             return self.runner(*args, **kw)
 
