@@ -134,7 +134,7 @@ def main() -> None:
         steps=model.default_steps,
         guidance=model.default_guidance,
     )
-    known = [e.name for e in fitting(model, None)]
+    known = [e.name for e in retour.methods(task="edit")]
     table = "\n".join(lines[name] for name in known if name in lines)
     text = head + table + "\n\n" + "\n".join(sections[n] for n in known if n in sections)
     with atomic_write(page) as path:

@@ -380,8 +380,9 @@ def colours(pictures):
 def test_lower_thresholds_bring_variations_nearer_on_a_real_network():
     """CLIP's and colours' distances to the exemplar fall; variations of other seeds differ.
 
-    The words name the thing alone, so that its colours can come from the exemplar only. Against
-    plain samples from noise.
+    The words name the thing alone, so that the ground's colour can come from the exemplar only
+    (captions that name it leave a fifth to gain). Against plain samples from noise the colours'
+    distance is more than halved; measured 1.04, 0.93, 0.39, 0.30 (CLIP: 0.54, 0.43, 0.18, 0.08).
     """
     network = retour.load("emoji-unet")
     listed = {i.source: i for i in Suite.paired() if i.kind == "change_background"}
@@ -397,9 +398,8 @@ def test_lower_thresholds_bring_variations_nearer_on_a_real_network():
     seen = captioner().embed_images(exemplars)
     feature = [1 - float((captioner().embed_images(m) * seen).sum(1).mean()) for m in made]
     colour = [float((colours(m) - colours(exemplars)).norm(dim=1).mean()) for m in made]
-    print(feature, colour)
     assert feature == sorted(feature, reverse=True), feature
-    assert colour == sorted(colour, reverse=True), colour
+    assert colour == sorted(colour, reverse=True) and colour[2] < 0.5 * colour[0], colour
     other = retour.edit(inversion, prompts, editor="rival", seed=100).images
     drawn, other = (torch.stack([to_tensor(p) for p in some]) for some in (made[2], other))
     assert (drawn - other).square().mean() > 1e-2

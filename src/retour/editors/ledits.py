@@ -168,7 +168,7 @@ def numbers(name: str, value: float | str | None) -> list[float]:
 @register(
     "ledits",
     task="edit",
-    summary="semantic guidance by concepts to add or remove, masked to where they matter",
+    summary="semantic guidance by concepts to add or remove, or a whole prompt, where they matter",
     paper=LEDITS_PAPER,
     options=LEditsOptions,
     nfe="(2 + concepts) N",
