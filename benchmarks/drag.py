@@ -22,8 +22,8 @@ Measures, each a mean over pictures with a 95 % interval:
 - MD, network: the same for the points of the *source*, by features of the embedded UNet, which is
   DragBench's metric with another network;
 - truth: PSNR (dB) to the true picture; background: PSNR to the source outside of what may change;
-- fidelity: 1 - perceptual distance to the source (DragBench's IF, with the embedded classifier's
-  features). No edit has the best one.
+- fidelity: 1 - half of the perceptual distance to the source, between 0 and 1 (DragBench's IF with
+  the embedded classifier's features; no edit has the best one); and the same to the true picture.
 
 Writes `drag.csv`, `drag.json` and `drag.png`. About five minutes at one thread.
 """
@@ -65,6 +65,7 @@ METRICS = {
     "truth": ("truth, dB", 2),
     "background": ("background, dB", 2),
     "fidelity": ("fidelity", 3),
+    "likeness": ("fidelity to the truth", 3),
 }
 
 
@@ -114,6 +115,7 @@ class Measure:
     truth: float
     background: float
     fidelity: float
+    likeness: float
     nfe: float
 
 
@@ -139,13 +141,13 @@ def moved(count: int) -> list[Case]:
     return cases
 
 
-def scaled(count: int, folder: Path) -> list[Case]:
+def scaled(count: int, studio: Studio, concepts: Sequence[str] = CONCEPTS) -> list[Case]:
     """Objects drawn at two sizes in the middle of an even ground."""
-    studio, cases = Studio(load_sprites(folder)), []
+    cases = []
     grounds = [name for name in BACKGROUNDS if name not in ("black", "white")]
     for number in range(count):
         small, large = SCALES[number % len(SCALES)]
-        concept = CONCEPTS[number % len(CONCEPTS)]
+        concept = concepts[number % len(concepts)]
         style = studio.sprites.styles[number % len(studio.sprites.styles)]
         ground = grounds[(5 * number) % len(grounds)]
         scenes = [Scene(style, ground, (Item(concept, scale=s),)) for s in (small, large)]
@@ -212,7 +214,8 @@ def edited(model: Model, cases: Sequence[Case], given: argparse.Namespace) -> di
     def run(prompts: list[str], editor: str, **options: Any) -> Made:
         mask = masks if editor == OURS else None
         result = retour.edit(inversion, prompts, editor=editor, mask=mask, **options)
-        return result.images, up + result.record["nfe_edit"]
+        pictures = [result.original_size(k) for k in range(len(cases))]
+        return pictures, up + result.record["nfe_edit"]
 
     with torch.no_grad():
         truth = torch.stack([to_tensor(c.after) for c in cases])
@@ -246,7 +249,8 @@ def measure(
                     float(np.mean(network.distances(before, found, case.points, goals))),
                     psnr(after, found),
                     psnr(before, found, case.changed),
-                    1 - background_distance(taps, before, found),
+                    1 - background_distance(taps, before, found) / 2,
+                    1 - background_distance(taps, after, found) / 2,
                     nfe,
                 )
             )
@@ -270,7 +274,10 @@ def finite(given: Sequence[float]) -> np.ndarray:
 def table(measures: Sequence[Measure]) -> str:
     """Markdown: one row for each kind and method."""
     titles = [title for title, _ in METRICS.values()]
-    lines = ["| kind | method | " + " | ".join(titles) + " | NFE |", "| --- " * 8 + "|"]
+    lines = [
+        "| kind | method | " + " | ".join(titles) + " | NFE |",
+        "| --- " * (len(METRICS) + 3) + "|",
+    ]
     for kind, method in dict.fromkeys((m.kind, m.method) for m in measures):
         cells = []
         for metric, (_, digits) in METRICS.items():
@@ -361,7 +368,7 @@ def main() -> None:
     given.words = model.default_guidance if given.words is None else given.words
     cases = moved(given.pairs)
     if given.sprites is not None:
-        cases += scaled(given.pairs, given.sprites)
+        cases += scaled(given.pairs, Studio(load_sprites(given.sprites)))
     matchers = Patches(), NetworkFeatures(retour.load("emoji-unet"))
     with quiet():
         measures, shown = run_all(model, cases, given, matchers)
