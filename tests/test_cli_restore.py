@@ -105,6 +105,17 @@ def test_drag_writes_picture_and_record(image, folder, monkeypatch, capsys):
     assert Image.open("out.png").size == (48, 32)
 
 
+@pytest.mark.parametrize(("flag", "rounds"), [((), 1), (("--in-turn",), 2)])
+def test_pairs_act_together_or_in_turn(flag, rounds, image, folder, monkeypatch):
+    monkeypatch.chdir(image.parent)
+    more = ("--from", "12,16", "--to", "20,16", "--from", "20,16", "--to", "20,24")
+    assert drag(image, folder, *more, *flag) == 0
+    record = read_record("out.png")
+    assert len(record["rounds"]) == rounds and record["nfe"] == 7 * rounds
+    wanted = [["12,16>20,16", "20,16>20,24"]] if rounds == 1 else [["20,16>20,24"]]
+    assert record["drags"] == wanted
+
+
 POINTS = ("--from", "12,16", "--to", "36,16")
 
 

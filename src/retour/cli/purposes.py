@@ -197,6 +197,9 @@ def drag(
     mode: Annotated[
         str, typer.Option("--mode", help="drag (elastic), or move what the mask shows.")
     ] = "drag",
+    in_turn: Annotated[
+        bool, typer.Option("--in-turn", help="A round for each pair, from the last one's picture.")
+    ] = False,
     mask: Annotated[
         Path | None, typer.Option(help="White where it may change; with move, what moves.")
     ] = None,
@@ -224,6 +227,7 @@ def drag(
     from ..dragging import pair_points
 
     drags = pair_points(handle, goal, scale or ())
+    rounds = [[one] for one in drags] if in_turn else [drags]
     check_method("edit", editor, edit_options)
     if inverter is not None:
         check_method("invert", inverter, invert_options)
@@ -233,7 +237,7 @@ def drag(
     result = run_drag(
         load_model(FLOW_MODEL if model is None else model, device, dtype),
         picture.image,
-        drags,
+        rounds,
         prompt=source,
         target=prompt,
         mask=mask,
