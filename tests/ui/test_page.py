@@ -165,6 +165,16 @@ def test_cancel_stops_within_a_step(visit, server):
     edit(page)
 
 
+def test_closing_the_tab_stops_its_job(visit, server):
+    page = visit()
+    pick(page, "rose", steps=250)
+    page.click("#u-run")
+    page.wait_for_selector("text=/step [0-9]+ of 250/")
+    [ticket] = [r.ticket for r in server.desk.rooms._rooms.values() if r.busy]
+    page.close()
+    assert ticket._done.wait(30) and ticket.token.cancelled
+
+
 def test_bad_files_get_one_sentence(visit, tmp_path):
     page = visit()
     (tmp_path / "notes.png").write_text("hello")
