@@ -648,9 +648,14 @@ def rising(values):
 
 @pytest.mark.slow
 def test_depth_trades_likeness_for_fit_on_a_real_network():
-    """Colours of the paired set: fit up, likeness down, the best depth mostly inside."""
-    network, steps = retour.load("emoji-unet"), 10
-    items = [i for i in Suite.paired() if i.kind == "change_attribute_color"][:4]
+    """Colours of the paired set: fit up, likeness down, the best depth mostly inside.
+
+    That colours need less depth than shapes holds in closed form (above), not here: four colours
+    took 5, 6, 5, 5 of 8 steps, four exchanged things 5, 7, 5, 3. The flat colour of what fills a
+    small picture is settled as early as its shape.
+    """
+    network, steps = retour.load("emoji-unet"), 8
+    items = [i for i in Suite.paired() if i.kind == "change_attribute_color"][:3]
     fits, likeness, depths = [], [], []
     for item in items:
         inversion = retour.invert(network, item.image, item.source, method="ddim", steps=steps)
