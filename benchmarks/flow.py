@@ -18,7 +18,7 @@ images with a 95 % interval, against evaluations per image:
   range (up and back)
 
 Prints the table, and what FireFlow costs, plain and adaptive, where its error is that of RF-Solver.
-Writes `flow.csv` (every image), `flow.json` and `flow.png`. About six minutes at one thread.
+Writes `flow.csv` (every image), `flow.json` and `flow.png`. About three minutes at one thread.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Pictures of the paired set are damaged (TASKS) and restored by
 PSNR (dB) and SSIM of the whole picture, and of the hole alone for inpainting; means over pictures
 with 95 % intervals, and FlowChef's difference from the classical method picture by picture.
 Writes `restore.csv` (every picture), `restore.json` and `restore.png` (a sheet). Needs
-`pip install "retour[eval]"`. About six minutes at one thread.
+`pip install "retour[eval]"`. About nine minutes at one thread.
 """
 
 from __future__ import annotations
