@@ -12,9 +12,9 @@ of classifier-free guidance: neither the scale nor the negative prompt of the ed
 
 Where we deviate: the authors' port to diffusers averages :math:`d` with its signs, in which
 opposite channels cancel (``signed=True``); their first code takes the sizes, the default here. The
-published constants, alpha 0.6 and omega 5 at 15 steps, were chosen on models distilled for
-guidance; on the embedded one they overdo colours and leave backgrounds. Here they are 0.8 and 1, at
-which the scale ends at 3, the one that this model is sampled with. The rule is linear and so runs
+published constants are alpha 0.6 and omega 5 at 15 steps. On six pictures of the embedded model, by
+eye, those overdid colours and left backgrounds; here they are 0.8 and 1, at which the scale ends at
+3, the one that this model is sampled with. The rule is linear and so runs
 on every path, in flow coordinates.
 
 Cost: 2 alpha N evaluations, beside the inversion.
