@@ -19,7 +19,7 @@ not the published learning rates, which belong to one latent size (0.6 on a loss
 FLUX's latents at 1024 px is 0.0046; the InstaFlow script's Adam, with its loss weighted 1e-5, comes
 to about 0.05). Without a mask everything may change and only the first steps hold the source; the
 published counts, 0 to 10 of 30 steps on FLUX and 0 to 30 of 50 with InstaFlow, differ by kind of
-edit, and 0.4 is between them: at 0.2 the embedded model keeps hardly more than the colours.
+edit, and 0.4 is between them; on six pictures of the embedded model 0.2 drifted too far (by eye).
 
 Cost: 2N evaluations per target (N at `push` 0), beside the inversion.
 
