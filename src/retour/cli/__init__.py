@@ -24,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command; return 0, 2 for bad input (said in one sentence), or 130 for Ctrl-C."""
     before = signal.signal(signal.SIGINT, _stop)
     try:
-        app(list(arguments), prog_name="retour")
+        app(list(arguments), prog_name="retour", obj=tuple(arguments))
     except RetourError as error:
         say(f"retour: {error}")
         return error.exit_code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +68,7 @@ WorkersOpt = Annotated[
 
 @app.command(cls=ClusterCommand)
 def bench(
+    context: typer.Context,
     out: OutOpt,
     suite: Annotated[
         str, typer.Option("--suite", help="paired, pie, or a folder in PIE-Bench's format.")
@@ -160,7 +160,7 @@ def bench(
         cache_limit=int(cache_size * 2**30),
         cluster=cluster,
         workers=workers,
-        command=command_line(),
+        command=command_line(context),
     )
     if as_json:
         print_json(result.describe())
@@ -172,6 +172,7 @@ def bench(
 
 @app.command(cls=ClusterCommand)
 def batch(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of pictures.")],
     jobs: Annotated[
         Path,
@@ -221,7 +222,7 @@ def batch(
         cache_limit=int(cache_size * 2**30),
         cluster=cluster,
         workers=workers,
-        command=command_line(),
+        command=command_line(context),
     )
     if as_json:
         print_json(plain(result.rows))
@@ -233,11 +234,11 @@ def batch(
     )
 
 
-def command_line() -> str:
+def command_line(context: typer.Context) -> str:
     """What was typed, as a plan keeps it."""
     import shlex
 
-    return shlex.join(["retour", *sys.argv[1:]])
+    return shlex.join(["retour", *context.find_root().obj])
 
 
 def _numbers(text: str) -> list[int]:
