@@ -46,3 +46,9 @@ def test_the_pair_agrees_after_an_edit_the_less_the_less_it_is_mixed():
     agreements = [pair_after_editing(mixing) for mixing in (0.93, 0.97, 1.0)]
     assert agreements[0] > 30
     assert agreements == sorted(agreements, reverse=True)
+
+
+@pytest.mark.parametrize("mixing", [0, 1.1, float("nan")])
+def test_mixing_is_checked_before_any_work(mixing):
+    with pytest.raises(retour.RetourError, match="mixing must be above 0 and at most 1"):
+        get("invert", "edict").make(mixing=mixing)

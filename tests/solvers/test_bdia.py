@@ -174,6 +174,37 @@ def test_crossing_both_ways_beats_heun_where_steps_are_few():
     assert missed(0.5, "heun") < heun
 
 
+def test_euler_both_ways_is_second_order_too_and_can_be_undone():
+    """The third form on EDM's path: one evaluation a step, in either direction."""
+    path, steps = PATHS["ve"], (18, 36, 72)
+    denoise = claims.denoiser(ProblemModel(mixture(), path, "x0"), 4)
+
+    def grid(count):
+        return Grid(tuple(karras(count, 0.02, 10.0)[:-1][::-1]))
+
+    def by_hand(z, times):
+        """z_{i-1} = z_{i+1} - (t_{i+1} - t_i) d_i + (t_{i-1} - t_i) d_i, noisy first."""
+        before = None
+        for k, (t, s) in enumerate(zip(times, times[1:], strict=False)):
+            d = (z - denoise(z, t).x0) / t
+            new = z + (s - t) * d
+            if before is not None:
+                new = before - (times[k - 1] - t) * d + (s - t) * d
+            before, z = z, new
+        return z
+
+    start, plain = 10 * points(), {"gamma": 1.0, "input_bits": None}
+    found = go("bdia", denoise, start, grid(9), down=True, **plain)
+    assert claims.relative(found.x, by_hand(start, grid(9).times[::-1])) < 1e-12
+    back = go("bdia", denoise, found, grid(9), down=False, **plain)
+    assert claims.relative(back.x, start) < 1e-9  # the parasitic mode grows on the way up
+    goal = reference_flow(mixture(), path, start, 10.0, 0.02)
+    errors = [
+        claims.error(go("bdia", denoise, start, grid(n), down=True, **plain).x, goal) for n in steps
+    ]
+    assert abs(claims.slope(steps, errors) - 2) < 0.3
+
+
 # --- Orders ---------------------------------------------------------------------------------------
 
 
@@ -210,6 +241,18 @@ def test_at_equal_cost_more_gamma_is_better_from_twenty_steps():
         [ddim] = errors("ddim", [steps])
         half, full = (errors("bdia", [steps], gamma=g)[0] for g in (0.5, 1.0))
         assert full < half < ddim
+
+
+def test_in_ten_steps_of_stable_diffusion_half_of_it_is_better():
+    """Its grid's steps are long near the data, where the second-order form overshoots."""
+    path, grid, z = PATHS["discrete"], discrete_grid(10, 1000, offset=1), points()
+    denoise = claims.denoiser(ProblemModel(mixture(), path, "eps"), 4)
+    goal = reference_flow(mixture(), path, z, grid.times[-1], grid.times[0])
+    ddim, full, half = (
+        claims.error(go("bdia", denoise, z, grid, down=True, gamma=gamma).x, goal)
+        for gamma in (0.0, 1.0, 0.5)
+    )
+    assert 1.5 * half < full < ddim
 
 
 @pytest.mark.parametrize("name", BASES)

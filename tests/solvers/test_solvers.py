@@ -1,5 +1,7 @@
 """Single solvers against their formulas and against diffusers."""
 
+import math
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from problems import (
 from retour.core.grid import Grid, discrete_grid, flow_grid, lambda_grid
 from retour.core.path import DiscreteVP, Path, Prediction, as_time, levels, predict
 from retour.core.registry import get
+from retour.core.state import State
 from retour.errors import RetourError
 from retour.solvers._exact import AmplificationWarning, snap
 
@@ -329,8 +332,9 @@ def test_edict_without_mixing_inverts_at_first_order():
     assert abs(found - 1) < 0.3
 
 
-def test_edict_pair_grows_upwards_as_declared():
-    """Mixing alone (no network) multiplies a perturbation of the pair by p^-2 each step."""
+@pytest.mark.parametrize("down", [False, True])
+def test_edict_pair_grows_upwards_and_shrinks_downwards_as_declared(down):
+    """Mixing alone (no network) changes a perturbation of the pair by p^2 each step down."""
     path, p, steps = PATHS["flow"], 0.9, 20
     solver = get("solver", "edict").make(mixing=p)
 
@@ -342,10 +346,29 @@ def test_edict_pair_grows_upwards_as_declared():
 
     state = solver.start(points())
     state = type(state)(state.x, {"y": state.x + 1e-6})
-    for step in flow_grid(steps).walk(down=False):
+    for step in flow_grid(steps).walk(down=down):
         state = solver.step(Still(), state, step, path)
-    grown = float((state.memory["y"] - state.x).abs().mean()) / 1e-6
-    assert grown == pytest.approx(p ** (-2 * steps), rel=1e-6)
+    changed = float((state.memory["y"] - state.x).abs().mean()) / 1e-6
+    # The difference of two numbers of order one is known to 1e-16, which is 1e-8 of it at least.
+    assert changed == pytest.approx(p ** (2 * steps * (1 if down else -1)), rel=1e-6)
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_edict_mixing_changes_the_pair_as_much_beside_a_network(down):
+    """Against p = 1, which has the affine maps and the network alone; in logarithms, to a fifth."""
+    model, steps, p = ProblemModel(mixture(), PATHS["discrete"], "eps"), 40, 0.93
+    denoise, grid, x = claims.denoiser(model, 4, "red", 3.0), model.grid(steps), points()
+
+    def factor(mixing):
+        solver = get("solver", "edict").make(mixing=mixing, input_bits=None)
+        gaps = []
+        for push in (0.0, 1e-6):
+            end = claims.go(solver, denoise, State(x, {"y": x + push}), grid, down=down)
+            gaps.append(end.memory["y"] - end.x)
+        return float((gaps[1] - gaps[0]).abs().mean()) / 1e-6
+
+    found = math.log(factor(p) / factor(1.0)) / (2 * steps * math.log(p))
+    assert found == pytest.approx(1 if down else -1, rel=0.2)
 
 
 def test_edict_warns_before_its_limit():
