@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint format docs clean
+.PHONY: demo test test-slow lint format docs tables clean
 
 demo: $(VENV)/.installed
 	$(BIN)/retour demo
@@ -29,6 +29,10 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "The site is in site/index.html"
+
+# Hours. Stopped, it goes on where it was; some of them: ARGUMENTS="--only inverters-alone".
+tables: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/tables.py $(ARGUMENTS)
 
 clean:
 	rm -rf $(VENV) build dist site src/retour.egg-info
@@ -58,3 +62,7 @@ $(VENV)/.installed-test: $(SOURCES)
 $(VENV)/.installed-docs: $(SOURCES)
 	$(call install,[docs])
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: $(SOURCES)
+	$(call install,[dev])
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-docs

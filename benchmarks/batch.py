@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -37,6 +37,14 @@ def seconds(model: Model, items: Sequence[Item], batch: int, given: argparse.Nam
         )
         api.edit(inversion, [i.target for i in part], editor=given.editor)
     return time.perf_counter() - begun
+
+
+def table(rates: Mapping[int, float]) -> str:
+    """Markdown: images per second of each size, and over the first one."""
+    first = next(iter(rates))
+    lines = [f"| batch | images per second | over batch {first} |", "| --- | --- | --- |"]
+    lines += [f"| {k} | {rate:.2f} | {rate / rates[first]:.2f} |" for k, rate in rates.items()]
+    return "\n".join(lines)
 
 
 def options() -> argparse.Namespace:
@@ -69,9 +77,7 @@ def main() -> None:
         ]
     rates = {size: len(items) / median(t[size] for t in times) for size in sizes}
     print(f"{model.name} on {model.device}: {given.inverter} + {given.editor}, {len(items)} images")
-    for size, rate in rates.items():
-        gain = rate / rates[sizes[0]]
-        print(f"batch {size:>3}: {rate:.3f} images/s ({gain:.2f} x batch {sizes[0]})")
+    print(table(rates))
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         facts = {"model": model.name, "images_per_second": rates, "seconds": times}

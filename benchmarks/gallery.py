@@ -139,6 +139,7 @@ def main() -> None:
     text = head + table + "\n\n" + "\n".join(sections[n] for n in known if n in sections)
     with atomic_write(page) as path:
         path.write_text(text, encoding="utf-8")
+    print("\n" + "\n".join(head.splitlines()[-2:]) + "\n" + table)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
                                    [--batch 16] [--guidance W] [--steps N] [--out DIR]
 
 The source images of the paired set are inverted with their true prompts and brought back with the
-same prompt at the guidance of the way back, no edit. Columns, means over images with 95 %
-intervals:
+same prompt at the guidance of the way back, no edit. Columns, means over images, of errors with
+95 % intervals:
 
-- latent: norm of the returned latents' error over the norm of the latents
+- error of the latents: norm of the returned latents' error over the norm of the latents
 - PSNR of the returned image against the input; the "VAE ceiling" row is what no inverter can beat
 - noise: mean, standard deviation, excess kurtosis and neighbour correlation of the noisy end
   (white Gaussian: 0, 1, 0, 0; the row "white noise" is drawn)
@@ -64,8 +64,17 @@ class Measure:
     peak: float = math.nan
 
 
-DIGITS = {"latent": ".2e", "psnr": ".2f", "nfe_up": ".0f", "nfe": ".0f", "peak": ".0f"}
-COSTS = ("nfe_up", "nfe", "time", "peak")
+HEADS = {
+    "latent": "error of the latents",
+    "psnr": "PSNR, dB",
+    "nfe_up": "NFE up",
+    "nfe": "NFE",
+    "peak": "peak, MiB",
+}
+DIGITS = {name: ".2f" for name in ("psnr", "kurtosis", "time")}
+DIGITS |= {name: ".0f" for name in ("nfe_up", "nfe", "peak")}
+SAMPLED = ("latent", "psnr")
+EXACT = 1e-3
 
 
 def distinct(suite: Suite, count: int) -> list[Item]:
@@ -173,8 +182,10 @@ def cell(measures: Sequence[Measure], field: str) -> str:
     value = mean_interval([getattr(m, field) for m in measures])
     if not value.count:
         return "-"
+    if field == "latent" and value.mean < EXACT:
+        return f"{value.mean:.0e}" if value.mean else "0"
     shape = DIGITS.get(field, ".3f")
-    if field in COSTS or math.isnan(value.low):
+    if field not in SAMPLED or math.isnan(value.low):
         return format(value.mean, shape)
     mean, low, high = (format(v, shape) for v in (value.mean, value.low, value.high))
     return f"{mean} [{low}, {high}]"
@@ -189,7 +200,8 @@ def table(measures: Sequence[Measure]) -> str:
         error = mean_interval([m.latent for m in rows[name]]).mean
         return -1.0 if math.isnan(error) else error
 
-    lines = ["| method | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    heads = ["method", *(HEADS.get(name, name) for name in columns)]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for name in sorted(rows, key=quality):
         lines.append(f"| {name} | " + " | ".join(cell(rows[name], c) for c in columns) + " |")
     return "\n".join(lines)

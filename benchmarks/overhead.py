@@ -196,6 +196,17 @@ def line(name: str, wall: dict[str, float], cpu: dict[str, float], on_cpu: bool)
     )
 
 
+def table(ratios: dict[tuple[int, str], dict[str, float]]) -> str:
+    """Markdown: loop and whole of each case at each batch size."""
+    batches = list(dict.fromkeys(batch for batch, _ in ratios))
+    heads = [f"{part}, batch {batch}" for batch in batches for part in ("loop", "whole")]
+    lines = ["| | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    for name in CASES:
+        cells = (f"{ratios[b, name][part]:.3f}" for b in batches for part in ("loop", "whole"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def options() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -215,13 +226,17 @@ def main() -> None:
     model: Any = retour.load(given.model)
     print(f"{model.name} on {model.device}, {torch.get_num_threads()} threads, {given.steps} steps")
     report: dict[str, Any] = {"model": model.name, "steps": given.steps, "versions": versions()}
+    on_cpu = model.device.type == "cpu"
+    ratios = {}
     with quiet():
         run_case(model, Suite.paired().items[:1], "direct", "p2p", 2)
         for batch in (int(b) for b in given.batch.split(",")):
             for name, times in measure(model, batch, given.steps, given.repeats).items():
                 wall, cpu = summary(times, 0), summary(times, 1)
                 report[f"{name}, batch {batch}"] = {"wall": wall, "cpu": cpu, "repeats": times}
-                print(line(f"{name}, batch {batch}", wall, cpu, model.device.type == "cpu"))
+                ratios[batch, name] = cpu if on_cpu else wall
+                print(line(f"{name}, batch {batch}", wall, cpu, on_cpu), flush=True)
+    print("\n" + table(ratios))
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         save_json(report, given.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -16,7 +17,7 @@ from .work import COSTS
 Rows = Sequence[Mapping[str, Any]]
 
 # Decimals in the table; the metrics' units make them of one size.
-DIGITS = {"background_psnr": 2}
+DIGITS = {"background_psnr": 2, "edit_success": 0, "background_exact": 0}
 USUAL = 1
 
 
@@ -93,8 +94,9 @@ def markdown(summary: Mapping[str, Any], facts: Mapping[str, Mapping[str, str]])
 
 
 def _head(name: str, facts: Mapping[str, str]) -> str:
-    unit = f", {facts['unit']}" if facts.get("unit") else ""
-    return f"{facts.get('title') or name}{unit}"
+    unit, title = facts.get("unit") or "", facts.get("title") or name
+    scale = re.fullmatch(r"x 1e-(\d+)", unit)  # values in thousandths are values times 1000
+    return f"{title} x {10 ** int(scale[1])}" if scale else f"{title}, {unit}" if unit else title
 
 
 def _cell(value: Interval, name: str, *, starred: bool = False) -> str:
