@@ -25,7 +25,17 @@ from .editors.base import EditJob, Start
 from .editors.blend import MaskBlend
 from .errors import RetourError, check_finite, check_range
 from .inverters.base import Job, Replay
-from .io import Placement, fit, read_image, to_image, to_tensor
+from .io import (
+    Clip,
+    Placement,
+    fit,
+    fit_clip,
+    read_clip,
+    read_image,
+    to_clip,
+    to_image,
+    to_tensor,
+)
 from .models.load import load
 from .pictures import Pictures
 from .record import describe_run
@@ -101,7 +111,8 @@ def invert(
 
     Args:
         model: a loaded model, a name, a folder, a hub id or a diffusers pipeline.
-        image: a path, PIL image, array, or tensor (3, H, W); or a list of them (one batch).
+        image: a path, PIL image, array, or tensor (3, H, W); or a list of them (one batch). For a
+            video model a clip, see :func:`retour.io.read_clip`; a list is a batch of them.
         prompt: what the image shows, one for all or one each; None asks the caption proposer.
         method: a registered inverter.
         steps: steps of the time grid; None takes the model's default.
@@ -151,7 +162,7 @@ def invert(
         "guidance": scale,
         "seed": seed,
         "cut": _cut(model, prompts),
-        "placements": [vars(p) for p in placements],
+        "placements": [p.told() for p in placements],
     }
     found = inversion.record  # what the method wants remembered
     inversion.record = {**found, **describe_run("invert", model, ledger, len(prompts), asked)}
@@ -189,24 +200,29 @@ def refuse_impossible(model: Model, *chosen: Entry) -> None:
             )
 
 
-def encode(model: Model, pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size -> float64 latents (B, C, h, w)."""
+def encode(model: Model, pictures: Sequence[Image.Image | Clip]) -> Tensor:
+    """Pictures of one size -> float64 latents (B, C, h, w); clips -> (B, C, f, h, w)."""
     latents = model.encode(torch.stack([to_tensor(p) for p in pictures]))
     check_finite(latents, "the encoded latents", "load the model in float32")
     return latents
 
 
-def decode(model: Model, latents: Tensor) -> list[Image.Image]:
-    """Latents (B, C, h, w) -> pictures."""
+def decode(model: Model, latents: Tensor) -> list[Any]:
+    """Latents (B, C, h, w) -> pictures; (B, C, f, h, w) -> clips."""
     check_finite(latents, "the edited latents", "use more steps or a smaller guidance")
-    return [to_image(image) for image in model.decode(latents)]
+    show = to_clip if "video" in model.capabilities else to_image
+    return [show(pixels) for pixels in model.decode(latents)]
 
 
-def _fit_all(model: Model, image: Any) -> tuple[list[Image.Image], list[Placement]]:
+def _fit_all(model: Model, image: Any) -> tuple[list[Any], list[Placement]]:
     sources = list(image) if isinstance(image, (list, tuple)) else [image]
     if not sources:
         raise RetourError("there is no image to invert: pass at least one")
-    fitted = [fit(read_image(s), native=model.native, multiple=model.multiple) for s in sources]
+    size: dict[str, Any] = {"native": model.native, "multiple": model.multiple}
+    if "video" in model.capabilities:
+        fitted: list[tuple[Any, Placement]] = [fit_clip(read_clip(s), **size) for s in sources]
+    else:
+        fitted = [fit(read_image(s), **size) for s in sources]
     sizes = sorted({p.canvas for _, p in fitted})
     if len(sizes) > 1:
         listed = ", ".join(f"{w} x {h}" for w, h in sizes)
@@ -218,10 +234,11 @@ def _fit_all(model: Model, image: Any) -> tuple[list[Image.Image], list[Placemen
 
 
 def _prompts(
-    prompt: str | Sequence[str] | None, pictures: Sequence[Image.Image]
+    prompt: str | Sequence[str] | None, pictures: Sequence[Image.Image | Clip]
 ) -> tuple[tuple[str, ...], bool]:
     if prompt is None:
-        return tuple(propose(pictures)), True
+        stills = [p.still if isinstance(p, Clip) else p for p in pictures]
+        return tuple(propose(stills)), True
     given = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
     if len(given) != len(pictures):
         raise RetourError(f"{len(given)} prompts for {len(pictures)} images: give one or one each")
@@ -385,7 +402,9 @@ def _mask(mask: Any, inversion: Inversion) -> Tensor | None:
             f"{len(given)} masks for {inversion.images} images: give one, or one for each image"
         )
     size = (inversion.latents.shape[-1], inversion.latents.shape[-2])
-    return torch.stack([_read_mask(one, size) for one in given])
+    values = torch.stack([_read_mask(one, size) for one in given])
+    # One mask for all frames of a clip.
+    return values if inversion.latents.ndim == 4 else values[:, :, None]
 
 
 def _read_mask(mask: Any, size: tuple[int, int]) -> Tensor:
@@ -425,16 +444,18 @@ def _descend(
 
 
 def _placements(inversion: Inversion) -> list[Placement]:
-    return [
-        Placement(**{k: tuple(v) for k, v in p.items()})
-        for p in inversion.record.get("placements", [])
-    ]
+    return [Placement.read(told) for told in inversion.record.get("placements", [])]
 
 
-def _result(model: Model, latents: Tensor, inversion: Inversion, record: dict[str, Any]) -> Result:
-    return Result(
-        decode(model, latents), latents, inversion, record, placements=_placements(inversion)
-    )
+def _result(
+    model: Model, latents: Tensor, inversion: Inversion, record: dict[str, Any], copies: int = 1
+) -> Result:
+    placements = _placements(inversion) * copies
+    images = decode(model, latents)
+    for index, (image, place) in enumerate(zip(images, placements, strict=False)):
+        if isinstance(image, Clip) and place.duration is not None:
+            images[index] = replace(image, duration=place.duration)
+    return Result(images, latents, inversion, record, placements=placements)
 
 
 def _edit_result(
@@ -442,7 +463,6 @@ def _edit_result(
 ) -> Result:
     edited = torch.cat([latents[layout[name]] for name in layout.targets()])
     source = latents[layout["source"]] if "source" in layout.names else None
-    result = _result(model, edited, inversion, record)
+    result = _result(model, edited, inversion, record, copies=len(layout.targets()))
     result.source = source
-    result.placements *= len(layout.targets())
     return result

@@ -153,7 +153,7 @@ def _restored(inversion: Inversion, pictures: list[Image.Image]) -> list[Image.I
     told = inversion.record.get("placements")
     if told is None:
         return pictures
-    places = [Placement(**{k: tuple(v) for k, v in place.items()}) for place in told]
+    places = [Placement.read(place) for place in told]
     return [place.restore(picture) for place, picture in zip(places, pictures, strict=True)]
 
 

@@ -298,7 +298,7 @@ def _pull(drag: Drag, job: EditJob, image: int, grid: tuple[int, int]) -> Pull:
         width, height = (n * job.model.multiple for n in (grid[1], grid[0]))
         place = Placement.plan((width, height), (width, height))
     else:
-        place = Placement(**{k: tuple(v) for k, v in placements[image].items()})
+        place = Placement.read(placements[image])
     start, end = (_in_tokens(point, place, grid) for point in (drag.start, drag.end))
     shift = (end[0] - start[0], end[1] - start[1])
     return Pull(start, shift, (drag.scale[1], drag.scale[0]))

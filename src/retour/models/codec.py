@@ -25,22 +25,34 @@ class Codec:
     Attributes:
         vae: a diffusers autoencoder.
         factor: pixels per latent cell, along each side.
+        frames: frames of a clip per latent frame, after the first, which has one of its own; None
+            for a codec of pictures.
         channels: latent channels C.
     """
 
     def __init__(self, vae: Any):
         config = vae.config
         self.vae = vae
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
-        self.channels: int = config.latent_channels
+        self.frames: int | None = getattr(config, "scale_factor_temporal", None)
+        axes = 2 if self.frames is None else 3
+        self.factor: int = (
+            2 ** (len(config.block_out_channels) - 1)
+            if self.frames is None
+            else config.scale_factor_spatial
+        )
+        self.channels: int = config.latent_channels if self.frames is None else config.z_dim
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         whitened = mean is not None and std is not None
         shift = mean if whitened else getattr(config, "shift_factor", None)
-        self.shift = _per_channel(0.0 if shift is None else shift)
-        self.scale = config.scaling_factor / _per_channel(std if whitened else 1.0)
+        self.shift = _per_channel(0.0 if shift is None else shift, axes)
+        scale = getattr(config, "scaling_factor", 1.0)
+        self.scale = scale / _per_channel(std if whitened else 1.0, axes)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> float64 latents (B, C, H/f, W/f), on its device."""
+        """Images (B, 3, H, W) in [-1, 1] -> float64 latents (B, C, H/f, W/f), on its device.
+
+        Clips (B, 3, F, H, W) become (B, C, f, h, w), where the codec is one of clips.
+        """
         with gradients([images]), self._precise():
             out = self.vae.encode(images.to(execution_device(self.vae), self.vae.dtype))
             raw = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
@@ -48,7 +60,7 @@ class Codec:
         return (raw - self.shift.to(raw.device)) * self.scale.to(raw.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> float32 images (B, 3, h f, w f), about [-1, 1]."""
+        """Inverse of :meth:`encode`: float32, about [-1, 1]."""
         with gradients([latents]), self._precise():
             z = latents.double()
             raw = z / self.scale.to(z.device) + self.shift.to(z.device)
@@ -75,6 +87,6 @@ class Codec:
             self.vae.to(torch.float16)
 
 
-def _per_channel(value: Any) -> Tensor:
+def _per_channel(value: Any, axes: int) -> Tensor:
     tensor = torch.as_tensor(value, dtype=torch.float64)
-    return tensor.reshape(-1, 1, 1) if tensor.ndim else tensor
+    return tensor.reshape(-1, *[1] * axes) if tensor.ndim else tensor

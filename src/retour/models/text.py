@@ -45,23 +45,28 @@ class TextTower:
     limit: int
     convert: Callable[[str], str] = str
 
-    def hidden(self, prompts: Sequence[str], *, penultimate: bool) -> tuple[Tensor, Tensor | None]:
+    def hidden(
+        self, prompts: Sequence[str], *, penultimate: bool, blank: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Encode B prompts.
 
         Args:
             prompts: B texts.
             penultimate: take the last layer but one (SDXL, SD3), not the final normalised one.
+            blank: hide the padding from the encoder and leave zeros in its place (Wan).
 
         Returns:
             hidden states (B, L, D) and, if the encoder has a projection, pooled embeddings (B, P).
         """
         batch = self._pad([self.convert(p) for p in prompts], return_tensors="pt")
         device = execution_device(self.encoder)
-        uses_mask = getattr(self.encoder.config, "use_attention_mask", False)
+        uses_mask = blank or getattr(self.encoder.config, "use_attention_mask", False)
         mask = {"attention_mask": batch.attention_mask.to(device)} if uses_mask else {}
         with torch.no_grad():
             out = self.encoder(batch.input_ids.to(device), output_hidden_states=penultimate, **mask)
         states = out.hidden_states[PENULTIMATE] if penultimate else out.last_hidden_state
+        if blank:
+            states = states * mask["attention_mask"][..., None].to(states)
         return states.to(self.encoder.dtype), getattr(out, "text_embeds", None)
 
     def pooled(self, prompts: Sequence[str]) -> Tensor:
