@@ -1,5 +1,6 @@
 """Guide-and-Rescale: energies, their gradients, their balance with the guidance, and when."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import retour
 import retour.editors.guide_rescale as method
+import tiny
 from attention.spies import Maps
 from editors.runs import SCALE, SOLVER, denoiser, edit, inversion, model, noise
 from editors.shapes import layout
@@ -28,6 +30,7 @@ from retour.editors.base import EditJob
 from retour.editors.guide_rescale import Energy, GuideRescale, GuideRescaleOptions
 from retour.editors.reprompt import Reprompt
 from retour.errors import RetourError
+from retour.models.load import load
 
 FAMILIES = ("sd1", "sd2", "sd3")
 STEPS = 5
@@ -349,6 +352,27 @@ def test_nothing_is_left_on_the_model(family, inv):
     edit(family, guide(), inv, TARGET)
     assert all(a is s.module.processor for a, s in zip(before, m.attention_sites(), strict=True))
     assert not any("forward" in vars(s.module) for s in m.feature_sites())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gradient_checkpointing_changes_nothing_and_stays_on(family, preset):
+    """Upstream, blocks that run twice fill the lists of maps twice."""
+    pipe = getattr(tiny, family)()
+    net = getattr(pipe, "unet", getattr(pipe, "transformer", None)).double()
+    m, found = load(pipe), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            net.enable_gradient_checkpointing()
+        inv = replace(inversion(family, SOURCE, STEPS), model=m)
+        branches = denoiser(family, TARGET).branches
+        den = Denoiser(m, branches)
+        job = EditJob(m, inv, den.layout, TARGET, inv.grid)
+        control = guide(preset=preset, self_scale=1e7).control(job)
+        end = walk(SOLVER, den, State(inv.noise), inv.grid, down=True, controls=[control])
+        found.append(end.x)
+        assert net.is_gradient_checkpointing is checkpointed
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_options():

@@ -3,20 +3,25 @@
 Evaluations are made through denoisers of their own, on the run's ledger: the run's controls do not
 see them, and they cost what the ledger says. Rows never mix, so the gradient of the summed energies
 is each row's own, and a batch does what its images do alone.
+
+A network set to gradient checkpointing is run without it here: a block that is run again for its
+gradient is no longer hooked, and would compute something else than what was read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.features import FeatureCall, FeatureControl, watched
 from ..attention.hooks import AttentionCall, AttentionControl, hooked
 from ..core.branches import Branch, Denoiser, Wrapped
-from ..core.model import AttentionSite, Condition, FeatureSite
+from ..core.model import AttentionSite, Condition, FeatureSite, Model
 
 Internals = dict[str, Tensor]
 
@@ -85,9 +90,26 @@ def look(
     branches = [Branch(f"look{k}", condition) for k, condition in enumerate(conditions)]
     own = Denoiser(denoise.model, branches, ledger=denoise.ledger)
     maps, features = _Maps(reads), _Features(reads)
-    with hooked(own, [maps]), watched(own, [features]):
+    with hooked(own, [maps]), watched(own, [features]), _run_once(denoise.model):
         own(x, t)
     return maps.found, features.found
+
+
+@contextmanager
+def _run_once(model: Model) -> Iterator[None]:
+    """Without gradient checkpointing meanwhile."""
+    net = getattr(model, "net", None)
+    parts = net.modules() if isinstance(net, nn.Module) else ()
+    checkpointed: list[Any] = [
+        part for part in parts if getattr(part, "gradient_checkpointing", False)
+    ]
+    for part in checkpointed:
+        part.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for part in checkpointed:
+            part.gradient_checkpointing = True
 
 
 def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], power: int) -> Tensor:

@@ -34,10 +34,12 @@ Small latents: a map over L places has entries of about 1/L, so the mean of its 
 latent places: nothing changes at 64 x 64, at 16 x 16 they are 1172 and 31.
 
 Where we deviate: norms are those of the published code (the paper prints squared ones, which do not
-bound the ratio). The published code runs all its evaluations also after the last guided step. Its
-inversion reads each latent one grid step too clean, so that its references are one step noisier:
-``shift=1``. A solver that asks between two grid times is given the reference of the nearer one.
-Joint attention: A is the block of image queries and image keys.
+bound the ratio), and so is `until` (30 of 50 steps; the paper's appendix says 35). The published
+code runs all its evaluations also after the last guided step. Its inversion reads each latent one
+grid step too clean, so that its references are one step noisier: ``shift=1``. A solver that asks
+between two grid times is given the reference of the nearer one. Joint attention: A is the block of
+image queries and image keys. Inversion at guidance 1 is the paper's; the way back of any other
+inverter (null-text, negative-prompt) serves as well.
 
 Cost: 2N evaluations, and per guided step two more and a gradient through one (`keep`: 3.2N in all),
 or three more and a gradient through two (`style`: 3.5N; published: 4 in place of our 5, since the

@@ -19,7 +19,9 @@ Four uses, told apart by `mode`: a *variation* (the same words), a new *text* wi
 (both shuffled), an *edit* (R's own noise, so its layout too) and *inpaint*, where a mask is given:
 places inside it are shuffled among themselves, outside of it G follows R (as the mask of every
 editor does). The paper inverts with the caption for variations and with "" for the others, and
-guides with 5 and 7.
+guides with 5 and 7; it adds ", best quality, extremely detailed" to the prompts of variations and
+texts and takes ", monochrome, lowres, bad anatomy, worst quality, low quality" for the negative
+one, which are the caller's to give here.
 
 Where we deviate: what is aligned is the network's own output (noise, v or velocity), since a
 velocity's noise says nothing at :math:`\alpha = 0`; ``align="latent"`` aligns the latents after the
