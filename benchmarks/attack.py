@@ -9,7 +9,7 @@ right. Variants, all with the same loop, steps and pictures:
 
 - "SCA": noise maps of SDE-DPM-Solver++, the picture's caption; the attack's defaults
 - "SCA, no caption": the empty prompt
-- "DDIM": the same caption on the latents of a DDIM inversion
+- "DDIM latents": the same caption on the latents of a DDIM inversion
 - "SCA, held": with the square error to the input in the aim, and half the step
 - "gradient skipped": the paper's shortcut, the rest as "SCA"
 - "paper's settings": the shortcut from the noisy end, guidance 4.5, a box that is not scaled
@@ -30,7 +30,7 @@ import csv
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ from retour.privacy.distances import distances
 from retour.privacy.run import Attack
 from retour.record import versions
 
-FULL, EMPTY, DDIM = "SCA", "SCA, no caption", "DDIM"
+FULL, EMPTY, DDIM = "SCA", "SCA, no caption", "DDIM latents"
 HELD, SKIPPED, PAPER = "SCA, held", "gradient skipped", "paper's settings"
 VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
@@ -82,6 +82,15 @@ MEASURES = {
     "clip_caption": "cos caption",
 }
 SCALE = {"structure": 1e3}
+# Of the Markdown table: head, factor, decimals.
+COLUMNS = {
+    "success": ("errs", 1, 2),
+    "transfer": ("`{other}` errs", 1, 2),
+    "psnr": ("PSNR, dB", 1, 1),
+    "structure": ("structure x 1000", 1e3, 1),
+    "clip_image": ("cosine with the picture", 1, 3),
+    "clip_caption": ("with the caption", 1, 3),
+}
 CELL = 128
 
 
@@ -257,6 +266,28 @@ def _cell(value: Interval, factor: float, starred: bool) -> str:
     return f"{mean}{star} [{low}, {high}]"
 
 
+def markdown(report: Mapping[str, Any], other: str) -> str:
+    """Table of the variants; a star: the paired difference to SCA excludes zero."""
+    heads = ["", *(head.format(other=other) for head, _, _ in COLUMNS.values()), "evaluations"]
+    lines = ["| " + " | ".join(heads).lstrip() + " |", "| --- " * len(heads) + "|"]
+    for name, row in report["means"].items():
+        gaps = report["differences"].get(f"{FULL} - {name}", {})
+        cells = [
+            _short(row[key], factor, digits, key in gaps and gaps[key].apart)
+            for key, (_, factor, digits) in COLUMNS.items()
+        ]
+        cells.append(f"{report['cost'][name]['nfe']:.0f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _short(value: Interval, factor: float, digits: int, apart: bool) -> str:
+    texts = [f"{v * factor:.{digits}f}" for v in (value.mean, value.low, value.high)]
+    mean, low, high = (text.removeprefix("0") for text in texts)
+    star = "*" if apart else ""
+    return mean + star if low == high or math.isnan(value.low) else f"{mean}{star} [{low}, {high}]"
+
+
 def sheet(results: Sequence[Attack], columns: int = 4, most: int = 16) -> Image.Image:
     """Reconstruction, adversarial picture and their difference x 4, picture by picture."""
     triples = [
@@ -356,6 +387,8 @@ def main() -> None:
     print(table("paired difference", gaps, MEASURES))
     for name, cost in report["cost"].items():
         print(f"{name}: {cost['nfe']:.0f} evaluations, {cost['seconds']:.2f} s a picture")
+    others = ", ".join(results[FULL, given.radius][0].record["victims"])
+    print("\n" + markdown(report, others) + "\n")
     print(f"written to {given.out}/attack.json, attack.csv and attack.png")
 
 

@@ -117,3 +117,19 @@ def test_tables_sheet_and_file(bench, run, tmp_path):
     page = bench.sheet(results[bench.FULL, 0.1])
     assert page.width == 4 * (3 * bench.CELL + 8)
     save_image(page, tmp_path / "sheet.png")
+
+
+def test_the_markdown_table_marks_what_differs(bench, run):
+    measures, _ = run
+    means = {name: bench.summary(measures, name, 0.1) for name in bench.VARIANTS}
+    gaps = {f"{bench.FULL} - {o}": bench.difference(measures, o, 0.1) for o in bench.OTHERS}
+    cost = {name: {"nfe": 12.0} for name in bench.VARIANTS}
+    report = {"means": means, "differences": gaps, "cost": cost}
+    lines = bench.markdown(report, "other").splitlines()
+    assert lines[0].startswith("| | errs | `other` errs | PSNR, dB |") and lines[0].count("|") == 9
+    assert len(lines) == 2 + len(bench.VARIANTS) and {x.count("|") for x in lines} == {9}
+    starred = [line for line in lines[2:] if "*" in line]
+    assert not lines[2].count("*")
+    apart = {o for o in bench.OTHERS if any(v.apart for k, v in gaps[f"SCA - {o}"].items()
+             if k in bench.COLUMNS)}  # fmt: skip
+    assert {line.split(" | ")[0].removeprefix("| ") for line in starred} == apart
