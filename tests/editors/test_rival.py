@@ -194,6 +194,23 @@ def test_rows_are_free_while_it_is_early_each_by_its_own_threshold():
     assert torch.equal(found[4], k[2]) and torch.equal(found[5], k[5])
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd3"])
+def test_both_thresholds_switch_between_the_same_two_calls(family):
+    """At the threshold itself both are off; the published code counts one of them a time lower."""
+    _, denoise, x, grid = prepared(family)
+    above, exactly, *_ = grid.walk(down=True)
+    limit = fraction(denoise.model.path, exactly.t)
+    control, denoise, x, _ = prepared(family, t_align=limit, t_early=limit, t_free=1.0)
+    [attention] = control.attention()
+    for step, on in ((above, True), (exactly, False)):
+        plain = denoise(x, step.t)
+        found = control.denoiser(step, denoise, denoise.layout)(x, step.t)
+        assert torch.equal(found.x0, plain.x0) is not on
+        named = AttentionCall(**{**vars(call(step.t)), "step": step})
+        q, k, v = (random(8, 2, 5, 3, seed=s) for s in range(3))
+        assert (attention.qkv(named, q, k, v)[1].shape == k.shape) is on
+
+
 def test_calls_outside_of_a_run_and_without_the_exemplar_pass():
     """Inversion, other denoisers' calls: nothing is counted, nothing is changed."""
     control = SharedAttention(FlowPath(), 0.6, PAIRS)
