@@ -80,7 +80,9 @@ def test_without_control_it_is_the_two_branch_virtual_edit(inv):
     assert (run(inv)["target"] - plain.latents).abs().max() > 1e-3
 
 
-def test_aligned_words_get_the_layouts_maps(inv):
+@pytest.mark.parametrize(("scale", "rows"), [(5.0, 4), (1.0, 3)])
+def test_aligned_words_get_the_layouts_maps(inv, scale, rows):
+    """Where nothing is guided as well: the batch is of three rows then, all of them conditional."""
     net, target = inv.model, SOURCE.replace("red", "green")
     embeds = net.embed([SOURCE, target]).tensors["embeds"]
     alignment = similar(net.tokens(SOURCE), net.tokens(target), *embeds)
@@ -89,8 +91,9 @@ def test_aligned_words_get_the_layouts_maps(inv):
     assert 1 < len(columns) < len(alignment.kept), "green is more tokens than red"
     for maps, lender in (("layout", "target-layout"), ("source", "source")):
         spy = Maps(("cross", "joint"))
-        run(inv, target, cross_steps=1.0, maps=maps, extra=[spy])
+        run(inv, target, scale=scale, cross_steps=1.0, maps=maps, extra=[spy])
         for call, probs in spy.seen:
+            assert len(call.rows) == rows
             text = call.image_to_text(probs)
             given, wanted = text[row(call, "target")], text[row(call, lender)]
             assert torch.equal(given[..., columns], wanted[..., places])
@@ -186,6 +189,14 @@ def test_outside_of_edit_words_the_layout_shows(inv):
     assert torch.equal(ends["target"], ends["target-layout"])
     published = run(inv, edit_words="pear", edit_threshold=1.0, blend_last=False)
     assert not torch.equal(published["target"], published["target-layout"])
+
+
+def test_outside_of_edit_words_the_source_shows_as_the_paper_writes_it(inv):
+    options = {"edit_words": "pear", "elsewhere": "source"}
+    assert torch.equal(run(inv, edit_threshold=1.0, **options)["target"], inv.latents)
+    ends = run(inv, editor=Steep(InfEditOptions(edit_threshold=0.4, **options)))
+    assert torch.equal(ends["target"][..., :3], inv.latents[..., :3])
+    assert (ends["target"] - inv.latents)[..., 3:].abs().amax((0, 1, 2)).min() > 1e-3
 
 
 class Steep(InfEdit):

@@ -9,7 +9,8 @@ from attention.spies import AsControl, Maps
 from editors.runs import SOLVER, denoiser, edit, inversion, model, noise
 from retour.attention.store import AttentionStore
 from retour.core import registry
-from retour.core.control import Chain
+from retour.core.branches import Wrapped
+from retour.core.control import Chain, Control
 from retour.core.loop import walk
 from retour.core.state import State
 from retour.editors.align import align
@@ -193,6 +194,27 @@ def test_one_sided_guidance_rows_are_enough(family, inv):
     """At scale 1 there are no unconditional rows; the control still acts."""
     out = edit(family, p2p(**ALL_ON), inv, {"target": tuple(SOURCE)}, scale=1.0)
     close(out["target"], out["source"])
+
+
+class Twice(Control):
+    """Asks the network once more in every step, as gradient methods do."""
+
+    def denoiser(self, step, denoise, layout):
+        return Wrapped(denoise, lambda found, x, t: denoise(x, t))
+
+
+def test_further_calls_of_the_network_shift_no_step(family, inv):
+    """Upstream, steps are counted by calls. (The blend's running mean sees both calls: the same.)"""
+    editor = p2p(cross_steps=0.5, self_steps=0.5, blend="pear")
+    once, twice = (edit(family, editor, inv, LONGER, extra=e) for e in ([], [Twice()]))
+    assert torch.equal(once["target"], twice["target"])
+
+
+def test_nothing_is_renormalised(family, inv):
+    """Rows of a scaled map do not sum to one."""
+    options = {**ALL_ON, "mode": "refine", "reweight": {"red": 3.0, "cat": 3.0, "pear": 3.0}}
+    sums = [target.sum(-1) for _, target, _ in last_maps(family, inv, options, LONGER)]
+    assert max(float(s.max()) for s in sums) > 1.05
 
 
 def test_nothing_is_left_on_the_model(family, inv):

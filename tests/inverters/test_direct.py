@@ -1,11 +1,24 @@
-"""Direct Inversion's offsets, where the exact way is known (tests/test_api.py has the rest)."""
+"""Direct Inversion: offsets where the exact way is known, editors, ablations, the paper's order.
 
+tests/test_api.py has its identities on every family.
+"""
+
+from functools import cache
+
+import numpy as np
+import pytest
 import torch
 
-from inverters.jobs import job, reconstructed
+import retour
+from inverters.jobs import job, reconstructed, tiny_model, tiny_picture
 from inverters.searched import MODEL, invert, samples
-from retour.core.registry import get
+from retour.core.registry import entries, get
 from retour.core.state import State
+from retour.evaluate.metrics import mse, pixels
+from retour.evaluate.suite import Suite
+
+SOURCE, TARGET = "a red apple on a blue background", "a green apple on a blue background"
+FREE = {"cross_steps": 0.0, "self_steps": 0.0}  # branches do not meet
 
 
 def offsets(x, steps, guidance=1.0):
@@ -47,3 +60,88 @@ def test_the_offsets_bring_the_source_back_at_any_guidance():
         found = invert("direct", x, guidance=guidance)
         assert float((reconstructed(found)[0] - x).abs().max()) <= 1e-12
     assert torch.isfinite(offsets(x, 20, 15.0)).all()
+
+
+# --- Beside an edit -------------------------------------------------------------------------------
+
+
+@cache
+def inverted(**options):
+    """A picture inverted by a float64 network, at a guidance that DDIM does not survive."""
+    options = {"method": "direct", "steps": 6, "guidance": 7.5, **options}
+    return retour.invert(tiny_model("sd2", wide=True), tiny_picture(), SOURCE, **options)
+
+
+def fitting():
+    """Editors that go with Direct Inversion on a diffusion UNet and carry the source branch."""
+    given = get("invert", "direct").provides
+    able = tiny_model("sd2", wide=True).capabilities
+    found = [e for e in entries("edit") if e.requires <= given and e.needs <= able]
+    return [e for e in found if e.factory.source_branch]
+
+
+@pytest.mark.parametrize("editor", fitting(), ids=lambda e: e.name)
+def test_no_editor_moves_the_source(editor):
+    mask = np.zeros((16, 16))
+    mask[4:12, 4:12] = 1
+    found = retour.edit(inverted(), TARGET, editor=editor.name, mask=mask).source
+    assert (found - inverted().latents).abs().max() <= 1e-12
+
+
+def test_the_three_forms_are_one():
+    """Apart from a float32 network's rounding, which tests/test_api.py allows for."""
+    first, *others = (
+        retour.edit(inverted(form=form), TARGET).latents
+        for form in ("offset", "two-pass", "overwrite")
+    )
+    for other in others:
+        assert (other - first).abs().max() <= 1e-10
+
+
+def watched(inversion, **options):
+    """Each step and the state after it, branches in the order source, target."""
+    seen = []
+    retour.edit(
+        inversion, TARGET, observers=[lambda e: seen.append((e.step, e.state.x))], **options
+    )
+    return seen
+
+
+def test_only_every_kth_step_is_corrected():
+    """The paper's ablation: of six steps the first and the fourth."""
+    inversion = inverted(every=3)
+    on = [
+        bool((x[:1] - inversion.states["x"][step.index]).abs().max() <= 1e-12)
+        for step, x in watched(inversion)
+    ]
+    assert on == [True, False, False, True, False, False]
+
+
+def test_the_target_may_be_given_the_offset_too():
+    """What the published pix2pix-zero does; its first step shows the offset by itself."""
+    plain, both = inverted(method="ddim"), inverted(target_too=True)
+    [(step, free), *_], [(_, moved), *_] = (watched(i, **FREE) for i in (plain, both))
+    offset = both.states["x"][step.index] - free[:1]
+    assert offset.abs().max() > 1e-3
+    torch.testing.assert_close(moved - free, offset.repeat(2, 1, 1, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_more_of_the_offset_the_better_the_background():
+    """Prompt-to-Prompt on the shipped model at guidance 7.5; no offset is DDIM inversion."""
+    items = list(Suite.paired().select(limit=14))
+    pictures, prompts = [i.image for i in items], [i.source for i in items]
+    net, missed = retour.load("emoji-unet"), []
+    made = retour.invert(net, pictures, prompts, method="direct", steps=10, guidance=7.5)
+    for scale in (0.0, 0.4, 0.8, 1.0):
+        inversion = made.with_options(scale=scale)
+        result = retour.edit(inversion, [i.target for i in items], editor="p2p")
+        missed.append(
+            np.mean([
+                mse(pixels(item.image), pixels(result.original_size(k)), item.mask())
+                for k, item in enumerate(items)
+                if not item.mask().all()
+            ])
+        )  # fmt: skip
+    print("background", missed)
+    assert missed == sorted(missed, reverse=True)

@@ -77,6 +77,19 @@ def test_adamw_is_torch_s_on_the_mean_of_each_image():
     torch.testing.assert_close(last, loss.detach()[None])
 
 
+@pytest.mark.parametrize("method", ["spdinv", "dci"])
+def test_no_value_moves_farther_than_the_rate_allows(method):
+    """K steps of lr and no more: too little for a step of a coarse grid, which iteration solves."""
+    found, y = equation(), points(4, seed=1)
+    options = get("invert", method).options(threshold=0.0)
+    moved = descend(found, y, options)[0] - y
+    decayed = options.rounds * options.lr * (1 + options.weight_decay * float(y.abs().max()))
+    assert float(moved.abs().max()) <= 1.1 * decayed
+    assert float(found.gap(y, range(4)).abs().max()) > 2 * decayed
+    # The mean of squares that is left is far from the threshold; iterated, it is not.
+    assert (losses(found, y + moved) > options.threshold + 1e-4).any()
+
+
 def test_a_step_is_made_before_its_loss_is_judged():
     found, y = equation(), points(4, seed=1)
     once, last = descend(found, y, SearchOptions(rounds=1, threshold=0.0))
@@ -145,6 +158,22 @@ def test_its_noise_is_nearer_to_the_true_one(prompt, gain):
         rms(invert(method, x, prompt=prompt).noise - noise) for method in ("spdinv", "ddim")
     )
     assert found < plain / gain
+
+
+def test_prompts_spread_its_noise_as_they_spread_the_exact_one():
+    """Over the prompts that an image is inverted with: more than DDIM's, not less.
+
+    The paper has it the other way round, for a network whose prompts leak into the noise as an
+    error; where the answer is known, each prompt has a noise of its own, which a better inversion
+    tells apart better.
+    """
+    _, x = samples(20)
+    spreads = []
+    for method in ("ddim", "spdinv", "fixed-point"):
+        found = torch.stack([invert(method, x, prompt=p).noise for p in ("red", "red green", "")])
+        spreads.append(rms(found - found.mean(0)))
+    assert spreads == sorted(spreads)
+    assert spreads[2] - spreads[1] < 0.2 * (spreads[2] - spreads[0])
 
 
 @pytest.mark.parametrize("search", ["adamw", "anderson"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import LCMScheduler
 
 import declarations as claims
 import retour
@@ -9,8 +10,9 @@ from inverters.jobs import job, tiny_model, tiny_picture
 from problems import PATHS, ProblemModel, mixture, points
 from retour import api
 from retour.core.branches import Branch, Denoiser
+from retour.core.grid import Grid
 from retour.core.loop import walk
-from retour.core.path import levels
+from retour.core.path import DiscreteVP, levels
 from retour.core.registry import get
 from retour.core.state import State
 
@@ -74,8 +76,15 @@ def test_the_source_prompt_at_the_source_guidance_is_the_source(path, steps):
     """For any noise, any number of steps; equal guidance, no attention control."""
     for seed in (0, 1):
         inversion = make().invert(job(model(path), images=1, steps=steps, seed=seed))
-        ends = returned(inversion, ["red"], scale=1.0)
+        gaps = []
+        ends = returned(
+            inversion,
+            ["red"],
+            scale=1.0,
+            observers=[lambda e, gaps=gaps: gaps.append(e.state.x[1] - e.state.x[0])],
+        )
         assert claims.relative(ends["target0"], points(1)) < 1e-12
+        assert len(gaps) == steps and torch.stack(gaps).abs().max() < 1e-12 * PATHS[path].t_noise
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3"])
@@ -131,6 +140,26 @@ def test_without_correction_it_is_consistency_sampling():
         controls=[control],
     ).x
     assert claims.relative(found, x) < 1e-12
+
+
+def test_that_is_diffusers_sampler_of_consistency_models():
+    """Its boundary condition is scaled away: it is a distilled network's own business."""
+    scheduler = LCMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        original_inference_steps=50, timestep_scaling=1e9,
+    )  # fmt: skip
+    scheduler.set_timesteps(6)
+    net = ProblemModel(mixture(), DiscreteVP(scheduler.alphas_cumprod), "eps")
+    grid = Grid((net.path.t_clean, *scheduler.timesteps.flip(0).tolist()))
+    draw = torch.Generator().manual_seed(3)
+    noises = [torch.randn(4, 2, 1, 1, generator=draw, dtype=torch.float64) for _ in range(6)]
+    denoise, again = claims.denoiser(net, 4, "green"), torch.Generator().manual_seed(3)
+    x = points()
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoise(x, float(t)).eps, t, x, generator=again).prev_sample
+    given = [claims.Given(noises)]
+    found = walk(make().solver(), denoise, State(points()), grid, down=True, controls=given).x
+    assert claims.relative(found, x) < 1e-6
 
 
 def test_guidance_moves_the_target_away_from_the_source():

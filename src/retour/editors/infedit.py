@@ -15,6 +15,12 @@ over their tokens, divided by its maximum) exceeds a threshold; that of `edit` w
 up in the target's prompt, those that have a counterpart in the layout's maps; keep words in the
 source's. Without edit words the target itself stands elsewhere.
 
+The layout elsewhere is the published code's, which serves changes of pose as well; the paper writes
+the source there, :math:`(1 - m_{tgt} + m_{src})\,x_{src} + (m_{tgt} - m_{src})\,x_{tgt}`:
+``elsewhere="source"``. The published benchmark blends, with the word that the edit concerns
+(``edit_words="auto"`` finds it); here there is no blend unless words are given. Guidance and steps
+are the edit's and the model's: published are 2.3 (the source at 1) and 12 on a consistency model.
+
 Where we deviate: the published code blends after the last step too, but has already taken its
 picture before that; here the picture is the blended one (``blend_last=False`` is as published). It
 mixes up the prompts in the similarity stage of the alignment; here the right embeddings are
@@ -68,8 +74,9 @@ class InfEditOptions:
         self_steps: part of the steps in which all branches look as the source does (1 for colours,
             0.9 for materials, 0.7 for objects and styles, 0.3 for poses, 0 to add or remove).
         maps: whose maps aligned words keep.
-        edit_words: words of the target prompt, outside of whose place the layout shows; `auto` for
-            those that only the target has; `off`.
+        edit_words: words of the target prompt, outside of whose place the target does not show;
+            `auto` for those that only the target has; `off`.
+        elsewhere: what shows outside of that place: the `layout`, or the `source` as in the paper.
         keep_words: words of the source prompt, in whose place the source shows; `off`.
         edit_threshold: of the edit words' map.
         keep_threshold: of the keep words' map.
@@ -80,6 +87,7 @@ class InfEditOptions:
     self_steps: float = 0.7
     maps: Literal["layout", "source"] = "layout"
     edit_words: str | None = None
+    elsewhere: Literal["layout", "source"] = "layout"
     keep_words: str | None = None
     edit_threshold: float = 0.55
     keep_threshold: float = 0.6
@@ -182,9 +190,13 @@ class _Unified(Control):
         if not self.blends or step.position == 0 or last:
             return state
         size = (state.x.shape[-2], state.x.shape[-1])
+        outside = self.layouts if self.options.elsewhere == "layout" else {}
         rows = [
             (
-                *(layout[name].start + image for name in (branch, self.layouts[branch], "source")),
+                *(
+                    layout[name].start + image
+                    for name in (branch, outside.get(branch, "source"), "source")
+                ),
                 *self._masks(branch, image, pair, size, step),
             )
             for (branch, image), pair in self.pairs.items()
@@ -204,7 +216,7 @@ class _Unified(Control):
     def _masks(
         self, branch: str, image: int, pair: _Pair, size: tuple[int, int], step: Step
     ) -> tuple[Tensor, Tensor]:
-        """Where the target stands (else the layout), and where the source does, (h, w) boolean."""
+        """Where the target stands, and where the source does, (h, w) boolean."""
         everywhere = torch.ones(size, dtype=torch.bool)
         edited, kept = everywhere, ~everywhere
         if self.edited[branch, image]:
