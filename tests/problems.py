@@ -119,7 +119,7 @@ class ProblemModel:
     prediction: str = "eps"
     rounding: torch.dtype | None = None
     name: str = "problem"
-    capabilities: frozenset[str] = frozenset({"gradients"})
+    capabilities: frozenset[str] = frozenset({"gradients", "image"})
     native: int = 8
     multiple: int = 1
     train_steps: int = 1000

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -21,6 +22,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -32,6 +35,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 WORDS = ("a", "red", "green", "apple", "pear", "cat", "on", "blue", "background", "photo", "of")
@@ -197,6 +202,52 @@ def flux(distilled: bool = True, **scheduler: Any) -> FluxPipeline:
         **towers,
     )
     pipe.default_sample_size = SIZE // 2
+    return _ready(pipe)
+
+
+def wan(**scheduler: Any) -> WanPipeline:
+    """Like Wan 2.1: a clip of 16 x 16 in latents 4 x f x 8 x 8, two frames to a latent frame."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(SEED + 5)
+        transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=2 * WIDTH,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
+        vae = AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 0.7, 1.0, 2.0],
+            scale_factor_temporal=2,
+            scale_factor_spatial=2,
+        )
+        config = UMT5Config(
+            vocab_size=len(t5_tokenizer()),
+            d_model=2 * WIDTH,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+        )
+        encoder = UMT5EncoderModel(config)
+    pipe = WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+    )
     return _ready(pipe)
 
 

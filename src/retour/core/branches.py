@@ -16,6 +16,7 @@ from torch import Tensor
 from .guidance import CFG, Guidance
 from .model import Condition, Ledger, Model, evaluate
 from .path import Prediction, Time
+from .rows import along
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class Denoiser:
     def _combine(
         self, all_rows: Rows, raw: Prediction, cond: Prediction, x: Tensor, active: list[bool]
     ) -> Prediction:
-        on = torch.tensor(active, device=x.device).expand(len(x))[:, None, None, None]
+        on = along(torch.tensor(active, device=x.device).expand(len(x)), x)
         x0, eps = [], []
         for branch in self.branches:
             part = self.layout[branch.name]

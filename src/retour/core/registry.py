@@ -67,7 +67,7 @@ class Entry:
         order: convergence order, if it has one.
         nfe: cost in network evaluations per image, as a formula in N (steps).
         stochastic: draws noise.
-        needs: model capabilities it needs (`attention`, `gradients`, `flow`, `vp`).
+        needs: model capabilities it needs (`attention`, `gradients`, `image`, `flow`, `vp`).
         requires: what an editor requires of an inversion (`trajectory`, ...).
         provides: what an inverter's result offers to editors.
         mate: the inverter that an editor goes with where nobody chooses.

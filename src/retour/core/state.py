@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import RetourError
 from .grid import Grid
 from .model import Condition
+from .rows import copies
 
 if TYPE_CHECKING:
     from .model import Model
@@ -40,7 +41,7 @@ class State:
 
     def tile(self, count: int) -> State:
         """One copy of all rows for each of `count` branches."""
-        return self.map(lambda v: v.repeat(count, *[1] * (v.ndim - 1)))
+        return self.map(lambda v: copies(v, count))
 
     def with_x(self, x: Tensor) -> State:
         """Replace the latents, keep the memory."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.branches import Branch, Denoiser, Layout, Wrapped
 from ..core.guidance import Guidance
 from ..core.path import Prediction, express, levels, predict
+from ..core.rows import along
 
 # (denoiser, target branches, their latents, time) -> the rows' energies and gradients
 Slope = Callable[[Denoiser | Wrapped, list[Branch], Tensor, float], tuple[Tensor, Tensor]]
@@ -77,7 +78,7 @@ class Pulled(Wrapped):
             ]
         )
         values, slope = self.slope(self.inner, targets, rows, t)
-        slope = torch.where((values > ZERO)[:, None, None, None], slope, 0.0)
+        slope = torch.where(along(values > ZERO, slope), slope, 0.0)
         change = rescaled(slope, push, self.low, self.high)
         whole = torch.zeros_like(x)
         for branch, part in zip(targets, change.chunk(len(targets)), strict=True):
@@ -95,4 +96,4 @@ def rescaled(slope: Tensor, push: Tensor, low: float, high: float) -> Tensor:
     size, other = (v.flatten(1).norm(dim=1) for v in (slope, push))
     ratio = torch.where(other > 0, size / other.where(other > 0, 1.0), 1.0)
     gamma = torch.where(size > 0, ratio.clamp(low, high) / ratio.where(size > 0, 1.0), 1.0)
-    return gamma[:, None, None, None] * slope
+    return along(gamma, slope) * slope

@@ -173,8 +173,8 @@ class MaskBlend(Control):
         if job.mask is None:
             raise RetourError("blending with a mask needs one: give mask=... (--mask)")
         self.states, self.mask = job.inversion.states, job.mask
-        images, _, height, width = self.states["x"].shape[1:]
-        wanted = (images, 1, height, width)
+        images, _, *frames, height, width = self.states["x"].shape[1:]
+        wanted = (images, 1, *[1 for _ in frames], height, width)
         if tuple(self.mask.shape) not in (wanted, (1, *wanted[1:])):
             raise RetourError(f"the mask has shape {tuple(self.mask.shape)}: give {wanted}")
 

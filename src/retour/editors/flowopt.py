@@ -31,6 +31,7 @@ from ..core.branches import Branch, Denoiser
 from ..core.control import Control
 from ..core.model import Condition
 from ..core.registry import get, register
+from ..core.rows import copies
 from ..core.state import State
 from ..errors import check_range
 from ..inverters._flowopt import Sampler, SearchOptions, search
@@ -87,8 +88,8 @@ class FlowOptEditor(Editor):
         options, names = self.options, job.layout.names
         depth = max(1, round(options.strength * job.grid.steps))
         device = replay.state.x.device
-        z = job.inversion.states["x"][depth].to(device).repeat(len(names), 1, 1, 1)
-        y = job.inversion.latents.to(device).repeat(len(names), 1, 1, 1)
+        z = copies(job.inversion.states["x"][depth].to(device), len(names))
+        y = copies(job.inversion.latents.to(device), len(names))
         flow = Sampler(
             denoiser.model, _together(denoiser.branches), job.grid, depth,
             rule=denoiser.guidance, ledger=denoiser.ledger,

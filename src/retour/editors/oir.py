@@ -115,6 +115,7 @@ class OIROptions:
     ),
     options=OIROptions,
     nfe="N(N+1) an object",
+    needs={"image"},
     requires={"trajectory"},
     mate="ddim",
 )

@@ -33,6 +33,7 @@ from ..core.branches import Layout
 from ..core.control import Control
 from ..core.grid import Step
 from ..core.registry import register
+from ..core.rows import along
 from ..errors import RetourError, check_range
 from ..inverters.otip import OTIP_PAPER
 from .base import EditJob
@@ -108,14 +109,14 @@ class Weighted(Difference):
         return torch.cat(parts)
 
     def factor(self, sources: Tensor, targets: Tensor, u: float) -> Tensor:
-        """Factors (B, 1, 1, 1) for K states (K, B, C, h, w) of each side at flow time `u`."""
+        """Factors (B, 1, ...) for K states (K, B, C, h, w) of each side at flow time `u`."""
         count, images = sources.shape[:2]
-        strength = sources.new_full((images, 1, 1, 1), self.options.transport)
+        strength = along(sources.new_full((images,), self.options.transport), sources[0])
         if count == 1 or not self.options.adaptive:
             return strength
         left, right = (x.flatten(2).transpose(0, 1) for x in (sources, targets))
         plan = transport_plan(torch.cdist(left, right).square(), self.options.reg)
-        entropy = torch.special.entr(plan).sum((1, 2)).reshape(-1, 1, 1, 1)
+        entropy = along(torch.special.entr(plan).sum((1, 2)), sources[0])
         return strength * (1 - u) * torch.exp(-entropy / 2)
 
 

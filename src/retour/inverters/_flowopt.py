@@ -33,6 +33,7 @@ from ..core.loop import Observer, walk
 from ..core.model import Ledger, Model
 from ..core.progress import bar
 from ..core.registry import get
+from ..core.rows import along
 from ..core.state import State
 from ..errors import check_range
 
@@ -180,7 +181,7 @@ def largest_step(
     least = z.new_full((len(z),), torch.inf)
     for _ in range(rounds):
         step = size / noise.flatten(2).square().mean(2).sqrt()
-        moved = z + step[..., None, None, None] * noise
+        moved = z + along(step, noise) * noise
         noise = flow(moved.flatten(0, 1)).unflatten(0, moved.shape[:2]) - result
         bounds = pair_bound(moved - z, noise)
         least = torch.minimum(least, torch.where(bounds > 0, bounds, torch.inf).amin(0))
@@ -194,9 +195,9 @@ def largest_step(
 
 
 def pair_bound(du: Tensor, df: Tensor) -> Tensor:
-    """``2 <dF, du> / |dF|^2`` of pairs (..., C, h, w): (...,)."""
-    inner = (df * du).flatten(-3).sum(-1)
-    return 2 * inner / df.flatten(-3).square().sum(-1)
+    """``2 <dF, du> / |dF|^2`` of pairs (P, R, C, h, w): (P, R)."""
+    inner = (df * du).flatten(2).sum(2)
+    return 2 * inner / df.flatten(2).square().sum(2)
 
 
 def search(
@@ -222,7 +223,7 @@ def search(
         result = flow(z)
         eta = options.fraction * largest_step(flow, z, result, noise, options.rounds)
     going = torch.ones(len(z), dtype=torch.bool, device=z.device)
-    step, residuals = eta.reshape(-1, 1, 1, 1), []
+    step, residuals = along(eta, z), []
     with bar(range(options.iterations), options.iterations, "flowopt") as counted:
         for k in counted:
             result = flow(z) if result is None else result
@@ -233,7 +234,7 @@ def search(
                 going = going & ~_stopped(answer, z)
             if not bool(going.any()):
                 break
-            z = torch.where(going[:, None, None, None], z - step * (result - y), z)
+            z = torch.where(along(going, z), z - step * (result - y), z)
             result = None
     return Search(z, torch.stack(residuals) if residuals else z.new_zeros(0, len(z)), eta)
 

@@ -26,6 +26,7 @@ from ..core.branches import Layout
 from ..core.control import Control
 from ..core.grid import Step
 from ..core.path import Path
+from ..core.rows import along, mean_square
 from ..core.solver import Denoise, Plain, Solver
 from ..core.state import Inversion, State
 from ..errors import check_finite, check_range
@@ -79,7 +80,7 @@ class Search(Plain):
             return DDIM(DDIMOptions()).step(denoise, State(state.x), step, path)
         equation = Equation(denoise, state.x, step, path, self.correct)
         x, loss = self._find(equation, equation.start())
-        return State(x, {"loss": loss[:, None, None, None]})
+        return State(x, {"loss": along(loss, x)})
 
     def _find(self, equation: Equation, y: Tensor) -> tuple[Tensor, Tensor]:
         options = self.options
@@ -96,7 +97,7 @@ class Search(Plain):
 
 def spread(equation: Equation, gap: Tensor, images: object) -> Tensor:
     """Root mean square gap of each row."""
-    return gap.square().mean((1, 2, 3)).sqrt()
+    return mean_square(gap).sqrt()
 
 
 def descend(equation: Equation, y: Tensor, options: SearchOptions) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,7 @@ def descend(equation: Equation, y: Tensor, options: SearchOptions) -> tuple[Tens
         rows = equation.rows(images)
         active = [leaves[row] for row in rows]
         with torch.enable_grad():
-            total = equation.gap(torch.cat(leaves), images).square().sum((1, 2, 3))
+            total = equation.gap(torch.cat(leaves), images).square().flatten(1).sum(1)
             gradients = torch.autograd.grad(total.sum(), active)
         check_finite(total.detach(), "the losses", "use more steps or a smaller lr")
         for leaf in leaves:

@@ -42,6 +42,7 @@ from ..core.grid import Grid, Step
 from ..core.model import Condition, Model, evaluate
 from ..core.path import Prediction, levels
 from ..core.progress import bar
+from ..core.rows import along, mean_square
 from ..core.state import Inversion
 from ..errors import RetourError, check_finite, check_range
 from .base import Job
@@ -202,12 +203,12 @@ class Interval:
         if fixed is None:
             return free
         cond, uncond = (fixed, free) if self.tuning.half == "uncond" else (free, fixed)
-        scale = x.new_full((len(x), 1, 1, 1), self.tuning.job.guidance)
+        scale = along(x.new_full((len(x),), self.tuning.job.guidance), x)
         return self.tuning.rule(cond, uncond, scale)
 
     def losses(self, arrived: Tensor, rows: Sequence[int]) -> Tensor:
         """Mean squared distance from the pivot, one for each of the `rows`."""
-        return (arrived - self.goal[list(rows)]).square().mean((1, 2, 3))
+        return mean_square(arrived - self.goal[list(rows)])
 
     def descend(
         self, adam: torch.optim.Adam, leaves: Sequence[Tensor], rows: Sequence[int]

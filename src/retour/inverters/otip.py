@@ -155,17 +155,22 @@ class Transport(Pull):
 
 
 def token_norm(x: Tensor) -> Tensor:
-    """Norm over each token of (R, C, h, w): 2 x 2 cells with all channels; (R, 1, h, w)."""
+    """Norm over each token of (R, C, h, w): 2 x 2 cells with all channels; (R, 1, h, w).
+
+    A clip (R, C, f, h, w) has tokens of its own in each frame.
+    """
     height, width = x.shape[-2:]
     squares = x.square().sum(1, keepdim=True)
-    pooled = F.avg_pool2d(squares, TOKEN, ceil_mode=True, divisor_override=1)
+    cells = squares.flatten(0, -3)[:, None]
+    pooled = F.avg_pool2d(cells, TOKEN, ceil_mode=True, divisor_override=1)
     spread = pooled.repeat_interleave(TOKEN, -2).repeat_interleave(TOKEN, -1)
-    return spread[..., :height, :width].sqrt()
+    return spread[..., :height, :width].reshape(squares.shape).sqrt()
 
 
 def _region(path: str, job: Job) -> Tensor:
-    """Mask (B, 1, h, w) of zeros and ones."""
-    images, _, height, width = job.latents.shape
+    """Mask (B, 1, h, w) of zeros and ones; the same for all frames of a clip."""
+    images, _, *frames, height, width = job.latents.shape
     picture = read_image(path).convert("L").resize((width, height), Image.Resampling.NEAREST)
     values = (to_tensor(picture.convert("RGB"))[:1].double() > 0).double()
-    return values.to(job.latents.device).expand(images, 1, -1, -1)
+    whole = values.reshape(1, 1, *[1 for _ in frames], height, width)
+    return whole.to(job.latents.device).expand(images, *whole.shape[1:])

@@ -60,6 +60,7 @@ from ..core.control import Control
 from ..core.grid import Grid, Step
 from ..core.path import Prediction, levels, predict
 from ..core.registry import Paper, get, register
+from ..core.rows import copies
 from ..core.solver import Solver
 from ..core.state import Inversion, State, stack
 from ..errors import RetourError, check_range
@@ -261,4 +262,4 @@ class Pull(Control):
 
 def tiled(rows: Tensor, layout: Layout) -> Tensor:
     """B rows, once for each branch."""
-    return rows.repeat(len(layout.names), 1, 1, 1)
+    return copies(rows, len(layout.names))

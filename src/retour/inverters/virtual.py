@@ -40,6 +40,7 @@ from ..core.branches import Denoiser, Layout, Wrapped
 from ..core.grid import Grid, Step
 from ..core.path import Path, Prediction, levels
 from ..core.registry import Paper, get, register
+from ..core.rows import copies
 from ..core.solver import Solver
 from ..core.state import Inversion, State
 from ..errors import check_range
@@ -154,7 +155,7 @@ class _Consistent(GivenNoise):
             right = points_to(self.data.to(x), x[source], t, denoise.model.path)
 
             def face(given: Tensor, wanted: Tensor) -> Tensor:
-                moved = given + (wanted - given[source]).repeat(len(layout.names), 1, 1, 1)
+                moved = given + copies(wanted - given[source], len(layout.names))
                 moved[source] = wanted
                 return moved
 

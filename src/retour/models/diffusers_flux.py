@@ -65,7 +65,7 @@ class DiffusersFlux(DiffusersModel):
         scale = default_of(pipe, "guidance_scale", EMBEDDED_GUIDANCE)
         self.embedded_guidance = float(facts.get("embedded_guidance", scale))
         self.capabilities = frozenset(
-            {"attention", "features", "flow", "gradients", "joint-attention", "text"}
+            {"attention", "features", "flow", "gradients", "image", "joint-attention", "text"}
         )
         self.multiple = self.codec.factor * PATCH
         tokens = default_of(pipe, "max_sequence_length", T5_TOKENS, method="encode_prompt")

@@ -43,7 +43,7 @@ class DiffusersSD3(DiffusersModel):
         self.path = FlowPath()
         self.prediction = "velocity"
         self.capabilities = frozenset(
-            {"attention", "features", "flow", "gradients", "joint-attention", "text"}
+            {"attention", "features", "flow", "gradients", "image", "joint-attention", "text"}
         )
         self.multiple = self.codec.factor * config.patch_size
         flow_shift(pipe.scheduler, 1)  # refuses a scheduler that knows no flow

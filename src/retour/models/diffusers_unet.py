@@ -52,7 +52,7 @@ class DiffusersUNet(DiffusersModel):
         self.prediction = prediction_kind(pipe.scheduler.config)
         self.path = vp_path(pipe.scheduler, self.prediction)
         self.capabilities = frozenset(
-            {"attention", "cross-attention", "features", "gradients", "text", "vp"}
+            {"attention", "cross-attention", "features", "gradients", "image", "text", "vp"}
         )
         halvings = sum(block.downsamplers is not None for block in self.net.down_blocks)
         self.multiple = self.codec.factor * 2**halvings

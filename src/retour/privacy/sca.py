@@ -138,7 +138,7 @@ class SCAOptions:
     ),
     options=SCAOptions,
     nfe="2N (2A + 3) + 2N A gradients, A iterations",
-    needs={"gradients"},
+    needs={"gradients", "image"},
 )
 class SCA:
     """Momentum sign steps on starting latents."""

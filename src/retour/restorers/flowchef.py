@@ -56,6 +56,7 @@ class FlowChefOptions:
             diverges. The paper's pixel models take 0.081 at 200 steps.
         inner: steps of descent for each answer of the network.
         free: last steps that are left alone.
+        again: how often the network is asked anew at the moved state in a step.
         space: where the measurement is compared.
         gradient: hold the velocity (`skip`), or differentiate through the network (`full`).
     """
@@ -63,15 +64,17 @@ class FlowChefOptions:
     kappa: float = 1.0
     inner: int = 1
     free: int = 1
+    again: int = 0
     space: Literal["pixel", "latent"] = "pixel"
     gradient: Gradient = "skip"
 
     def __post_init__(self) -> None:
         check_steering(self.kappa, self.inner, self.free)
-        if self.gradient == "full" and self.inner != 1:
+        check_range("again", self.again, 0)
+        if self.gradient == "full" and (self.inner, self.again) != (1, 0):
             raise RetourError(
-                f"gradient 'full' takes one step for each answer of the network, got inner = "
-                f"{self.inner}: leave it at 1"
+                "gradient 'full' takes one step in each interval, got "
+                f"inner = {self.inner} and again = {self.again}: give 1 and 0"
             )
 
 
@@ -90,7 +93,7 @@ def check_steering(kappa: float, inner: int, free: int) -> None:
     options=FlowChefOptions,
     nfe="N",
     stochastic=True,
-    needs={"gradients"},
+    needs={"gradients", "image"},
 )
 class FlowChef:
     """FlowChef for linear inverse problems."""
@@ -106,6 +109,7 @@ class FlowChef:
             options.kappa,
             inner=options.inner,
             free=options.free,
+            again=options.again,
             gradient=options.gradient,
         )
         solver: Solver = get("solver", "ddim").make()

@@ -53,6 +53,7 @@ from ..core.branches import Denoiser
 from ..core.grid import Step
 from ..core.path import Path, Prediction, levels
 from ..core.registry import Paper, register
+from ..core.rows import along
 from ..core.solver import Denoise, Plain, kind_of
 from ..core.state import State
 from ..errors import RetourError, check_range
@@ -207,7 +208,7 @@ class _Search:
     def __init__(self, y: Tensor, mixing: float):
         self.best, self.gap = y.clone(), torch.zeros_like(y)
         self.error = y.new_full((len(y),), torch.inf)
-        self.mixing = y.new_full((len(y), 1, 1, 1), mixing)
+        self.mixing = along(y.new_full((len(y),), mixing), y)
         self.since, self.restarts = torch.zeros(2, len(y), dtype=torch.long, device=y.device)
 
     def note(self, turn: int, rows: Tensor, y: Tensor, gap: Tensor, error: Tensor) -> Tensor:
@@ -250,7 +251,7 @@ class _Past:
         ahead = y + mixing * gap
         if self.size == 0:
             return ahead
-        known = self.known[rows][:, None, None, None]
+        known = along(self.known[rows], y)
         self.dy[self.turn % self.size, rows] = torch.where(known, y - self.y[rows], 0)
         self.dgap[self.turn % self.size, rows] = torch.where(known, gap - self.gap[rows], 0)
         self.turn += 1
@@ -290,7 +291,7 @@ class FixedPoint(Plain):
             return DDIM(DDIMOptions()).step(denoise, State(state.x), step, path)
         equation = Equation(denoise, state.x, step, path)
         x, residual = solve(equation, equation.start(), self.options)
-        residual = residual[:, None, None, None]
+        residual = along(residual, x)
         worst = torch.maximum(residual, state.memory.get("worst", residual))
         if step.index == step.count - 1:
             _warn(worst, self.options)
