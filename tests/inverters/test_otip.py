@@ -39,6 +39,13 @@ def test_schedule_of_the_transport():
     assert made.carry(0, 28) == 0
 
 
+def test_defaults_are_the_readme_s():
+    made = options()
+    assert (made.transport, made.phase, made.clip) == (0.3, 0.3, 10.0)
+    assert made.respect_prompt is True and made.region is None
+    assert (made.gamma, made.eta, made.stop) == (0.5, 0.9, 0.25)
+
+
 def test_bare_transport_is_another_pull_schedule():
     """eta' = 1 - (1 - lambda)(1 - eta): the published numbers, and the same latents."""
     made = options()
