@@ -204,7 +204,7 @@ class Twice(Control):
 
 
 def test_further_calls_of_the_network_shift_no_step(family, inv):
-    """Upstream, steps are counted by calls. (The blend's running mean sees both calls: the same.)"""
+    """Upstream, steps are counted by calls. The blend's maps are seen twice: the same mean."""
     editor = p2p(cross_steps=0.5, self_steps=0.5, blend="pear")
     once, twice = (edit(family, editor, inv, LONGER, extra=e) for e in ([], [Twice()]))
     assert torch.equal(once["target"], twice["target"])
