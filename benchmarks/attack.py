@@ -17,8 +17,8 @@ right. Variants, all with the same loop, steps and pictures:
 Printed: how often the classifier errs by radius (0: on the reconstruction) and by iterations; then,
 at one radius, how often it and the others err, how far the pictures are from the inputs (PSNR;
 structure distance; cosines of the tiny CLIP with the input and with the caption), and the paired
-differences of SCA to the others. All with 95 % intervals. A sheet shows inputs, pictures and
-differences.
+differences of SCA to the others, over all pictures and over those with which both succeed. All with
+95 % intervals. A sheet shows inputs, pictures and differences.
 
 Writes `attack.json` (all of it), `attack.csv` (every picture) and `attack.png`.
 """
@@ -242,11 +242,14 @@ def summary(measures: Sequence[Measure], variant: str, radius: float) -> dict[st
     return {k: mean_interval([getattr(m, k) for m in some]) for k in MEASURES}
 
 
-def difference(measures: Sequence[Measure], other: str, radius: float) -> dict[str, Interval]:
-    """SCA minus another variant, picture by picture."""
-    first, second = pick(measures, FULL, radius), pick(measures, other, radius)
+def difference(
+    measures: Sequence[Measure], other: str, radius: float, *, both_err: bool = False
+) -> dict[str, Interval]:
+    """SCA minus another variant, picture by picture: of all, or of those that both succeed with."""
+    pairs = zip(pick(measures, FULL, radius), pick(measures, other, radius), strict=True)
+    kept = [(a, b) for a, b in pairs if not both_err or (a.success and b.success)]
     return {
-        k: paired_difference([getattr(m, k) for m in first], [getattr(m, k) for m in second])
+        k: paired_difference([getattr(a, k) for a, _ in kept], [getattr(b, k) for _, b in kept])
         for k in MEASURES
     }
 
@@ -354,6 +357,11 @@ def main() -> None:
     turns = {name: by_turns(measures, name, given.radius) for name in VARIANTS}
     means = {name: summary(measures, name, given.radius) for name in VARIANTS}
     gaps = {f"{FULL} - {o}": difference(measures, o, given.radius) for o in OTHERS}
+    equal = {
+        name: found
+        for name, other in zip(gaps, OTHERS, strict=True)
+        if (found := difference(measures, other, given.radius, both_err=True))["psnr"].count > 1
+    }
     report = {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -367,6 +375,7 @@ def main() -> None:
         "by_iterations": turns,
         "means": means,
         "differences": gaps,
+        "differences_where_both_err": equal,
         "cost": {
             name: {"nfe": some[0].nfe, "seconds": float(np.mean([m.seconds for m in some]))}
             for name in VARIANTS
@@ -385,6 +394,8 @@ def main() -> None:
     print(table(f"by iterations, at {given.radius:g}", turns, counts))
     print(table(f"mean, at {given.radius:g}", means, MEASURES))
     print(table("paired difference", gaps, MEASURES))
+    print(table("the same, both err", equal, MEASURES))
+    print(", ".join(f"{name}: {row['psnr'].count} pictures" for name, row in equal.items()))
     for name, cost in report["cost"].items():
         print(f"{name}: {cost['nfe']:.0f} evaluations, {cost['seconds']:.2f} s a picture")
     others = ", ".join(results[FULL, given.radius][0].record["victims"])

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,18 @@ def test_differences_are_paired(bench, run):
     assert gap["psnr"].mean == pytest.approx(wanted) and gap["psnr"].count == 3
     # The noise maps' way back is exact, DDIM's is not.
     assert gap["psnr"].mean > 0
+
+
+def test_differences_at_equal_success_are_of_the_pictures_that_both_err_with(bench, run):
+    measures, _ = run
+    first, second = (bench.pick(measures, v, 0.1) for v in (bench.FULL, bench.DDIM))
+    forced = [
+        replace(m, success=float(m.item != left))
+        for some, left in ((first, "0"), (second, "2"))
+        for m in some
+    ]
+    gap = bench.difference(forced, bench.DDIM, 0.1, both_err=True)
+    assert gap["psnr"].count == 1 and gap["psnr"].mean == first[1].psnr - second[1].psnr
 
 
 def test_the_caption_is_the_judge_of_all_variants(bench, run):
