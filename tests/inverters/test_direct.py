@@ -11,11 +11,10 @@ import torch
 
 import retour
 from inverters.jobs import job, reconstructed, tiny_model, tiny_picture
+from inverters.paired import inversion, missed
 from inverters.searched import MODEL, invert, samples
 from retour.core.registry import entries, get
 from retour.core.state import State
-from retour.evaluate.metrics import mse, pixels
-from retour.evaluate.suite import Suite
 
 SOURCE, TARGET = "a red apple on a blue background", "a green apple on a blue background"
 FREE = {"cross_steps": 0.0, "self_steps": 0.0}  # branches do not meet
@@ -126,22 +125,22 @@ def test_the_target_may_be_given_the_offset_too():
     torch.testing.assert_close(moved - free, offset.repeat(2, 1, 1, 1), rtol=0, atol=1e-12)
 
 
+def test_inverting_at_guidance_zero_is_inverting_without_a_prompt():
+    """One end of the paper's grid of inversion guidances; more than 1 is the other."""
+    none = inverted(inversion_guidance=0.0).noise
+    empty = retour.invert(
+        tiny_model("sd2", wide=True), tiny_picture(), "", method="direct", steps=6, guidance=7.5
+    ).noise
+    torch.testing.assert_close(none, empty, rtol=0, atol=1e-12)
+    strong = inverted(inversion_guidance=7.5)
+    assert (strong.noise - inverted().noise).abs().max() > 1e-2
+    assert (retour.edit(strong, TARGET).source - strong.latents).abs().max() <= 1e-12
+
+
 @pytest.mark.slow
 def test_the_more_of_the_offset_the_better_the_background():
     """Prompt-to-Prompt on the shipped model at guidance 7.5; no offset is DDIM inversion."""
-    items = list(Suite.paired().select(limit=14))
-    pictures, prompts = [i.image for i in items], [i.source for i in items]
-    net, missed = retour.load("emoji-unet"), []
-    made = retour.invert(net, pictures, prompts, method="direct", steps=10, guidance=7.5)
-    for scale in (0.0, 0.4, 0.8, 1.0):
-        inversion = made.with_options(scale=scale)
-        result = retour.edit(inversion, [i.target for i in items], editor="p2p")
-        missed.append(
-            np.mean([
-                mse(pixels(item.image), pixels(result.original_size(k)), item.mask())
-                for k, item in enumerate(items)
-                if not item.mask().all()
-            ])
-        )  # fmt: skip
-    print("background", missed)
-    assert missed == sorted(missed, reverse=True)
+    made = inversion("direct", 14, 10, guidance=7.5)
+    found = [missed(made.with_options(scale=scale)) for scale in (0.0, 0.4, 0.8, 1.0)]
+    print("background", found)
+    assert found == sorted(found, reverse=True)

@@ -7,11 +7,15 @@ import torch
 
 import retour
 from inverters.jobs import job, tiny_model, tiny_picture
+from inverters.paired import inversion, items, missed, net
 from inverters.searched import FLOW, MODEL, invert, returned, rms, samples
 from problems import points
 from retour.core.branches import Branch, Denoiser
 from retour.core.grid import Grid
+from retour.core.loop import walk
 from retour.core.registry import get
+from retour.core.state import State
+from retour.editors.proximal import Proximal
 from retour.errors import RetourError
 from retour.inverters._implicit import Search, SearchOptions, descend
 from retour.solvers.implicit import ConvergenceWarning, Equation
@@ -49,6 +53,21 @@ def test_without_rounds_its_way_back_is_negative_prompt_inversion_s():
         for method, more in (("spdinv", {"rounds": 0}), ("negative-prompt", {}))
     )
     assert torch.equal(retour.edit(found, TARGET).latents, retour.edit(plain, TARGET).latents)
+
+
+def test_the_published_edits_by_masactrl():
+    """The null prompt after all, an unguided source, proximal guidance: three rows a step."""
+    made = retour.invert(
+        tiny_model("sd2"), tiny_picture(), SOURCE, method="spdinv", steps=3, guidance=7.5,
+        rounds=2, interpolation=1.0,
+    )  # fmt: skip
+    found, plain = (
+        retour.edit(made, TARGET, editor="masactrl", source_guidance=1.0, rule=rule)
+        for rule in (Proximal(0.6), None)
+    )
+    assert found.record["nfe_edit"] == plain.record["nfe_edit"] == 3 * 3
+    assert torch.equal(found.source, plain.source)
+    assert (found.latents - plain.latents).abs().max() > 1e-3
 
 
 def test_the_gradient_goes_through_both_places():
@@ -187,6 +206,40 @@ def test_the_source_returns_at_any_guidance():
     found = invert("spdinv", x)
     assert returned(found, 7.5) == pytest.approx(returned(found, 1.0), rel=1e-9)
     assert returned(found, 7.5) < returned(invert("negative-prompt", x), 7.5)
+
+
+# --- On the shipped model -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_its_edits_keep_more_of_the_background_than_negative_prompt_inversion_s():
+    """One Prompt-to-Prompt for both (SPDInv's schedule), no proximal guidance."""
+    p2p = {"mode": "refine", "cross_steps": 0.8, "self_steps": 0.6}
+    found = [missed(inversion(m, 14, 20), **p2p) for m in ("spdinv", "negative-prompt")]
+    print("background", found)
+    assert found[0] <= found[1]
+
+
+@pytest.mark.slow
+def test_it_finds_a_trained_network_s_noise_and_prompts_leave_less_in_it():
+    """Pictures made of known noise: how far its noise is off, and its spread over wrong prompts."""
+    prompts = [item.source for item in items(4)]
+    wrong = [prompts[1:] + prompts[:1], [""] * 4]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 4, 16, 16, generator=generator, dtype=torch.float64)
+    denoise = Denoiser(net(), [Branch("source", net().embed(prompts))])
+    x = walk(get("solver", "ddim").make(), denoise, State(noise), net().grid(20), down=True).x
+    off, spread = [], []
+    for method in ("spdinv", "ddim"):
+        found = [
+            get("invert", method).make().invert(job(net(), latents=x, prompts=p, steps=20)).noise
+            for p in (prompts, *wrong)
+        ]
+        off.append([rms(f - noise) for f in found])
+        spread.append(rms(torch.stack(found) - torch.stack(found).mean(0)))
+    print("off", off, "spread", spread)
+    assert off[0][0] < off[1][0]
+    assert spread[0] < spread[1]
 
 
 # --- Bookkeeping ----------------------------------------------------------------------------------

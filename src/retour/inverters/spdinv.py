@@ -13,7 +13,10 @@ AdamW minimises :math:`\operatorname{mean}\,(z - F_t(z))^2` from :math:`z = F_t(
 (:mod:`._implicit`): up to 25 steps of 0.001 an interval, until 5e-6. On the way back the source
 prompt is the negative prompt, so the source branch takes the way of guidance 1, the one inverted,
 at any guidance. The published edits use proximal and inversion guidance as well: editor
-``proximal``.
+``proximal``. Those by MasaCtrl have an unguided source, the null prompt after all and a threshold
+of 0.6: ``interpolation=1``, ``source_guidance=1`` and the rule ``Proximal(0.6)``. Their transfer of
+colours by wavelets, after Plug-and-Play, is not offered; nor is their loop for it, which asks the
+network about the latents as they were and so approaches one plain iteration by AdamW.
 
 Networks that predict no noise start from DDIM inversion with *their* output held, and solve the
 same equation in the form of :mod:`retour.solvers.implicit`; on flow models it is Euler's.
