@@ -9,11 +9,11 @@ import retour
 from inverters.jobs import job, tiny_model, tiny_picture
 from inverters.paired import items, net
 from inverters.searched import MODEL, PICTURES, invert, returned, rms, samples
-from problems import points
+from problems import PATHS, ProblemModel, mixture, points
 from retour.core.branches import Branch, Denoiser
 from retour.core.grid import Grid
 from retour.core.loop import walk
-from retour.core.path import levels, predict
+from retour.core.path import DiscreteVP, levels, predict
 from retour.core.registry import get
 from retour.core.state import State
 from retour.errors import RetourError
@@ -114,6 +114,22 @@ def test_the_length_keeps_its_proportion_to_the_latents():
         assert nudge(torch.zeros(1, *shape)).length == length
         assert nudge(torch.zeros(1, *shape), rescale=False).length == 2.0
     assert nudge(points()).length == pytest.approx(2 * math.sqrt(2 / 16384))
+
+
+def test_pure_noise_is_not_corrected():
+    """Zero terminal SNR: there the corrected estimate would throw the clean face 1e5 away."""
+    signal = PATHS["discrete"].abar.sqrt()
+    first, last = signal[0], signal[-1]
+    none = (signal - last) * first / (first - last)
+    model = ProblemModel(mixture(), DiscreteVP(none.square().clamp(min=1e-12)), "v")
+    [step] = Grid((949.0, 999.0)).walk(down=False)
+    denoise = Denoiser(model, [Branch("source", model.embed(["red"] * 4))])
+    y = points(4, seed=1)
+    gaps = [
+        Equation(denoise, points(4), step, model.path, correct).gap(y, range(4))
+        for correct in (None, Nudge(points(4), model.path, DCIOptions(rescale=False)))
+    ]
+    assert torch.equal(*gaps) and float(gaps[0].abs().max()) < 10
 
 
 def test_an_image_that_is_its_own_noise_is_left_alone():

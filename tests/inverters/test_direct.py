@@ -116,6 +116,12 @@ def test_only_every_kth_step_is_corrected():
     assert on == [True, False, False, True, False, False]
 
 
+@pytest.mark.parametrize("options", [{"every": 0}, {"scale": float("nan")}])
+def test_malformed_options_are_refused_at_once(options):
+    with pytest.raises(retour.RetourError, match=f"{next(iter(options))} is"):
+        get("invert", "direct").make(**options)
+
+
 def test_the_target_may_be_given_the_offset_too():
     """What the published pix2pix-zero does; its first step shows the offset by itself."""
     plain, both = inverted(method="ddim"), inverted(target_too=True)

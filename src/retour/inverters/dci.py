@@ -24,7 +24,8 @@ and plain gradient descent; its code, followed here, starts once a step, uses th
 Defaults are the paper's :math:`\lambda = 2`, K = 5, 0.001; the code's command line has 1 and 10.
 
 Refused on flow models: a flow's velocity is no noise, and at pure noise the estimate that the
-correction moves is the latents themselves.
+correction moves is the latents themselves. For that reason it is left out at the noisy end of
+schedules of zero terminal SNR.
 
 Cost: N (1 + K) evaluations, K at most 5, each of the K with a backward pass.
 
@@ -50,6 +51,7 @@ from ._implicit import Search, SearchOptions, climb, replay
 from .base import Job, Replay
 
 PUBLISHED_SIZE = 4 * 64 * 64
+PURE_NOISE = 1e-3  # signal level below which latents are their noise (SD's least is 0.07)
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,13 @@ class Nudge:
         self, prediction: Prediction, y: Tensor, t: float, rows: Sequence[int]
     ) -> Prediction:
         """Noise moved towards the reference; the clean face follows."""
+        alpha, sigma = levels(self.path, t, y)
+        if float(alpha) < PURE_NOISE:
+            return prediction
         with torch.no_grad():
             away = prediction.eps - self.reference[list(rows)]
             size = away.flatten(1).norm(dim=1)[:, None, None, None]
             tiny = torch.finfo(size.dtype).tiny
             slope = away / size.clamp_min(tiny) if self.norm == "l2" else 2 * away
         eps = prediction.eps - self.length * slope
-        alpha, sigma = levels(self.path, t, y)
         return Prediction((y - sigma * eps) / alpha, eps)

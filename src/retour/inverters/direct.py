@@ -39,6 +39,7 @@ from ..core.grid import Grid, Step
 from ..core.registry import Paper, get, register
 from ..core.solver import Solver
 from ..core.state import Inversion, State
+from ..errors import check_range
 from .base import Job, Replay
 from .ddim import DDIMOptions
 
@@ -58,6 +59,10 @@ class DirectOptions(DDIMOptions):
     scale: float = 1.0
     every: int = 1
     target_too: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("scale", self.scale)
+        check_range("every", self.every, 1)
 
 
 @register(
