@@ -75,6 +75,15 @@ def test_a_noise_that_is_too_wide_is_warned_of():
         make(strength=1.0).invert(job(ProblemModel(mixture(), PATHS["vp"], "v"), steps=30))
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_way_of_one_step_is_refused_before_any_work(steps):
+    """Its two levels are data and noise: an edit would ask nothing and return the data."""
+    work = job(ProblemModel(mixture(), PATHS["vp"], "v"), steps=steps)
+    with pytest.raises(RetourError, match=f"at least 2 steps, strength 0.8 of {steps} leaves 1"):
+        make().invert(work)
+    assert work.ledger.rows == 0
+
+
 @pytest.mark.parametrize("gamma", [0, -1, 1.1])
 def test_gamma_is_checked(gamma):
     with pytest.raises(RetourError, match="gamma"):

@@ -22,8 +22,9 @@ inversion serves many targets. ``eta`` matters on the way back only:
 
 What the paper leaves open: loss and rate. Here the mean squared error (Adam hardly sees the
 difference to the sum), n = 5 Adam steps at :math:`0.01\,(1 - i/2N)` with i the intervals done, no
-early stop. ``inversion_guidance=1`` makes the pivot with the prompt instead, as another
-implementation does (it then needs a source prompt).
+early stop; guidance is the caller's (independent code takes 5 and 7.5). ``inversion_guidance=1``
+makes the pivot with the prompt instead, as another implementation does (it then needs a source
+prompt).
 
 All L tokens are free, padding included, so a large rate takes :math:`c_k` far from any prompt and
 the mix jumps; the inversion keeps the distances :math:`\lVert c_k - c_{init}\rVert` as ``drift``.
