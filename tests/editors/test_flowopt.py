@@ -78,6 +78,7 @@ def test_cost_and_record():
     found = edit(inv, iterations=8, eta=0.1)
     assert found.record["nfe_edit"] == 2 * 9 * 9  # guided, 9 of 10 steps, 9 results
     assert len(found.record["residuals"]) == 8 and found.record["eta"] == [0.1]
+    assert len(found.record["mean_square"]) == len(found.record["kurtosis"]) == 1
     estimated = edit(inv, iterations=8)
     assert estimated.record["nfe_edit"] == 2 * 9 * 15
     assert get("edit", "flowopt").nfe == "26N"  # 2 x 13/15 N x 15

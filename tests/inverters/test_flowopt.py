@@ -27,6 +27,7 @@ from retour.inverters._flowopt import (
     Sampler,
     SearchOptions,
     largest_step,
+    normality,
     pair_bound,
     rms,
     search,
@@ -102,6 +103,33 @@ def test_a_fixed_point_never_moves():
     flow, z = sampler(mixture(), images=4), points(4)
     found = search(flow, z, flow(z), SearchOptions(iterations=5, eta=0.1), noise(1, z))
     assert torch.equal(found.z, z) and found.residuals.max() == 0
+
+
+@pytest.mark.parametrize("rounding", [torch.float16, torch.bfloat16], ids=str)
+def test_updates_below_the_network_s_rounding_are_kept(rounding):
+    """eta (F(z) - y) of 1e-6 would vanish in latents of half precision."""
+    model = ProblemModel(mixture(), PATHS["flow"], "velocity", rounding=rounding)
+    grid = flow_grid(8)
+    branch = Branch("source", model.embed([""] * 2), model.embed([""] * 2), 1.0)
+    flow = Sampler(model, branch, grid, grid.steps, rule=None, ledger=Ledger())
+    z = points(2)
+    y = flow(z) - 1e-3
+    found = search(flow, z, y, SearchOptions(iterations=1, eta=1e-3), noise(1, z))
+    torch.testing.assert_close(z - found.z, torch.full_like(z, 1e-6), rtol=1e-6, atol=0)
+    assert torch.equal((z - 1e-6).to(rounding), z.to(rounding))
+
+
+def test_the_record_tells_how_typical_the_noise_is():
+    """Mean square 1 and kurtosis 3 of noise, whatever its mean; kurtosis 1 of two values."""
+    many = torch.randn(1, 4, 100, 100, generator=torch.Generator().manual_seed(0)).double()
+    found = normality(torch.cat([many, 2 * torch.sign(many)]))
+    assert found["mean_square"] == pytest.approx([1, 4], abs=0.03)
+    assert found["kurtosis"] == pytest.approx([3, 1], abs=0.1)
+    assert normality(many + 5)["kurtosis"] == pytest.approx(normality(many)["kurtosis"])
+    inversion = get("invert", "flowopt").make(iterations=1, eta=0.1).invert(job(4))
+    assert inversion.record["mean_square"] == pytest.approx(
+        inversion.noise.flatten(1).square().mean(1).tolist()
+    )
 
 
 def job(steps, data=None, path="flow", seed=0, guidance=1.0):

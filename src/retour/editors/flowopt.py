@@ -34,7 +34,7 @@ from ..core.registry import get, register
 from ..core.rows import copies
 from ..core.state import State
 from ..errors import check_range
-from ..inverters._flowopt import Sampler, SearchOptions, search
+from ..inverters._flowopt import Sampler, SearchOptions, normality, search
 from ..inverters.base import Replay
 from ..inverters.flowopt import FLOWOPT_PAPER
 from .base import EditJob, Editor, Start
@@ -96,6 +96,7 @@ class FlowOptEditor(Editor):
         )  # fmt: skip
         found = search(flow, z, y, options, self._noise(z))
         facts = {"eta": found.eta.tolist(), "residuals": found.residuals.tolist()}
+        facts |= normality(found.z)
         return Start(State(found.z), depth, facts)
 
     def _noise(self, z: Tensor) -> Tensor:

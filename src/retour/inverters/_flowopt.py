@@ -157,6 +157,17 @@ def rms(x: Tensor) -> Tensor:
     return x.flatten(1).square().mean(1).sqrt()
 
 
+def normality(z: Tensor) -> dict[str, list[float]]:
+    """Mean square and kurtosis of each row of `z`; of typical noise they are 1 and 3.
+
+    What the search finds drifts from typical noise; forcing it back would cost the residual.
+    """
+    rows = z.flatten(1)
+    spread = (rows - rows.mean(1, keepdim=True)).square()
+    kurtosis = spread.square().mean(1) / spread.mean(1).square()
+    return {"mean_square": rows.square().mean(1).tolist(), "kurtosis": kurtosis.tolist()}
+
+
 def largest_step(
     flow: Callable[[Tensor], Tensor], z: Tensor, result: Tensor, noise: Tensor, rounds: int
 ) -> Tensor:

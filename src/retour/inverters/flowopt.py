@@ -7,7 +7,8 @@ is usable: a `monitor` sees it and may stop the search.
 Where we deviate: the published step sizes (0.0025 for FLUX, 0.01 for SD3) belong to those models,
 and take hundreds of iterations on others. Here :math:`\eta` is a `fraction` of the largest step
 that brings pairs of perturbed latents closer, estimated for each image; ``eta=...`` gives the
-number itself. The noise found belongs to the guidance of the search, 1 by default as in the paper;
+number itself. The record tells how far from typical the noise found is (`mean_square`,
+`kurtosis`). It belongs to the guidance of the search, 1 by default as in the paper;
 for a guided way back, search with that guidance (`inversion_guidance`), if it converges.
 
 Cost: N+1 to start, (iterations + 1) N, and `probes` x `rounds` x N for the estimate: 321 at the
@@ -24,7 +25,7 @@ from dataclasses import dataclass, replace
 from ..core.branches import Branch
 from ..core.registry import Paper, get, register
 from ..core.state import Inversion, State, stack
-from ._flowopt import Sampler, SearchOptions, rms, search
+from ._flowopt import Sampler, SearchOptions, normality, rms, search
 from .base import ClimbOptions, Job, Replay
 from .uniinv import UniInvStep
 
@@ -73,6 +74,7 @@ class FlowOptInversion:
         inversion.record = {
             "eta": found.eta.tolist(),
             "residuals": [*found.residuals.tolist(), rms(end - y).tolist()],
+            **normality(found.z),
         }
         return inversion
 
