@@ -13,7 +13,8 @@ so it is without `adaptive`.
 Where we deviate: written from the authors' code, the paper's text was not at hand. Costs of
 thousands against a regularisation of 0.1 underflow to 0/0 there: here they are divided by their
 median, and the plan is found in logarithms. All of the published configurations have one noise
-and thus are FlowEdit with a weaker or stronger difference.
+and thus are FlowEdit with a weaker or stronger difference: strength 1 and regularisation 0.1 with
+FLUX, the defaults here, and 0.4 and 0.15 with SD3 (README; its file says 0.6 and 0.01).
 
 Cost: FlowEdit's.
 

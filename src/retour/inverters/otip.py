@@ -16,7 +16,9 @@ rises from 0 over the first twentieth, with :math:`p = i/N`:
 Without clip, `respect_prompt` and region this *is* RF-Inversion with the pull
 :math:`\eta'_i = 1 - (1 - \lambda_i)(1 - \eta_i)`: a mild re-shaping of its schedule.
 
-Where we deviate: written from the authors' code, the paper's text was not at hand. A token is
+Where we deviate: written from the authors' code, the paper's text was not at hand. Their README
+gives the strength 0.3 that is the default here, their call's own default is 0.1; the README's
+example switches `respect_prompt` off, their call and we have it on. A token is
 2 x 2 latent cells, and the clip is given for FLUX's 64 channels and scaled with
 :math:`\sqrt{channels/64}`, so that latents of fewer channels are clipped alike. :math:`\lambda_i r`
 is at most 1: beyond, the transport would overshoot its own goal.
