@@ -1,20 +1,12 @@
 """The page in a real browser, at phone and desktop widths."""
 
-import shutil
-
 import pytest
 
+from browsers import FLAGS, MISSING, chromium
 from evaluate.bench_folder import build, rows_of, write
 from retour.evaluate.report import report
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no chromium on PATH")
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-)
+pytestmark = pytest.mark.skipif(chromium() is None, reason=MISSING)
 WIDTHS = {"phone": (390, 844), "desktop": (1440, 1000)}
 HOSTILE = (
     "</script><script>document.title='taken'</script><img src=x onerror=document.title='taken'>"
@@ -26,7 +18,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=BROWSER, args=list(FLAGS))
+        launched = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         yield launched
         launched.close()
 
