@@ -35,6 +35,11 @@ class Meter:
         return make_metrics(self.chosen, self.convention, self.backbones)
 
     @property
+    def needs_ceiling(self) -> bool:
+        """Whether a metric compares with what the model's encoder and decoder lose."""
+        return "background_exact" in self._metrics
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Columns, in order."""
         return tuple(self._metrics)
@@ -49,10 +54,20 @@ class Meter:
             metric.prepare()
 
     def measure(
-        self, cases: Sequence[Case], outputs: Sequence[Image.Image]
+        self,
+        cases: Sequence[Case],
+        outputs: Sequence[Image.Image],
+        ceilings: Sequence[Image.Image] | None = None,
     ) -> list[dict[str, float]]:
-        """All metrics of each output at its input's size; NaN where one does not apply."""
-        samples = [_sample(case, output) for case, output in zip(cases, outputs, strict=True)]
+        """All metrics of each output at its input's size; NaN where one does not apply.
+
+        Args:
+            cases: what was edited.
+            outputs: the edited images.
+            ceilings: what the model's encoder and decoder make of the inputs, if it is known.
+        """
+        best = [None] * len(cases) if ceilings is None else ceilings
+        samples = [_sample(*given) for given in zip(cases, outputs, best, strict=True)]
         columns: dict[str, list[float]] = {}
         for name, metric in self._metrics.items():
             columns[name] = metric.update(samples)
@@ -60,12 +75,13 @@ class Meter:
         return [{name: values[k] for name, values in columns.items()} for k in range(len(cases))]
 
 
-def _sample(case: Case, output: Image.Image) -> Sample:
+def _sample(case: Case, output: Image.Image, ceiling: Image.Image | None) -> Sample:
     return Sample.make(
         case.image,
         output,
         mask=case.mask,
         truth=case.truth,
+        ceiling=ceiling,
         prompt=case.target,
         source_prompt="" if case.source is None else case.source,
         kind=case.kind,

@@ -101,6 +101,7 @@ class Worker:
     cache: InversionCache | None = None
     owner: str = ""
     _warm: bool = field(default=False, repr=False)
+    _ceilings: tuple[int, list[Image.Image]] | None = field(default=None, repr=False)
 
     def pieces(self, task: Task, cases: Sequence[Case], todo: Sequence[str]) -> Iterator[Piece]:
         """Do the runs of a task whose labels are in `todo`, one after the other.
@@ -155,6 +156,14 @@ class Worker:
         images = api.decode(model, api.encode(model, [image for image, _ in fitted]))
         back = [place.restore(image) for image, (_, place) in zip(images, fitted, strict=True)]
         return images, back
+
+    def _ceiling(self, task: Task, cases: Sequence[Case]) -> list[Image.Image] | None:
+        """What encoding and decoding alone make of a batch; nobody's cost, made once for all."""
+        if not self.meter.needs_ceiling:
+            return None
+        if self._ceilings is None or self._ceilings[0] != task.batch:
+            self._ceilings = task.batch, self._through_codec(cases)[1]
+        return self._ceilings[1]
 
     def _ascend(self, task: Task, cases: Sequence[Case]) -> tuple[Inversion, Spent]:
         """The inversion of a batch, and what it costs whoever pays for it."""
@@ -223,7 +232,7 @@ class Worker:
         record: dict[str, Any],
     ) -> Piece:
         costs = cost_columns(cost, record, len(cases))
-        metrics = self.meter.measure(cases, originals)
+        metrics = self.meter.measure(cases, originals, self._ceiling(task, cases))
         rows = [
             {
                 "run": run.label,

@@ -174,6 +174,45 @@ def test_a_wide_region_is_as_square_as_the_image_allows():
     assert region(noise(3, 8, 30), mask).shape == (3, 8, 20)
 
 
+@pytest.mark.parametrize("convention", metrics.CONVENTIONS)
+def test_columns_with_the_users_own_networks_by_a_plain_computation(vit, clip, convention):
+    """What `--backbone structure=FOLDER --backbone clip=FOLDER` measures, in a few plain lines."""
+    (dino, net), (folder, judge, tokenizer) = vit, clip
+    source, output = ((noise(3, 16, 16, seed=k) * 255).round().double() / 255 for k in (1, 2))
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[4:12, 4:12] = True
+    sample = metrics.Sample(source, output, "a b", mask)
+    own = metrics.Backbones(structure=dino, clip=folder)
+    names = ("structure_distance", "clip_whole", "clip_edited")
+    found = {
+        name: metric.measure([sample])[0]
+        for name, metric in metrics.make_metrics(names, convention, own).items()
+    }
+
+    def similarities(image):
+        mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        x = (image.float() * (255 if convention == "pie_compat" else 1) - mean) / std
+        states = net(pixel_values=x[None], output_hidden_states=True).hidden_states
+        block = net.layers[-1]
+        keys = block.attention.k_proj(block.layernorm_before(states[-2]))[0]
+        return torch.nn.functional.cosine_similarity(keys[:, None], keys[None], dim=-1)
+
+    def score(image):
+        mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+        tokens = tokenizer(["a b"], return_tensors="pt")
+        said = judge(pixel_values=((image.float() - mean) / std)[None], **tokens)
+        cosine = 100 * float(said.logits_per_image / judge.logit_scale.exp())
+        return max(cosine, 0.0) if convention == "pie_compat" else cosine
+
+    with torch.no_grad():
+        gap = similarities(source) - similarities(output)
+        wanted = 1e3 * float(gap.square().mean())
+        assert found["structure_distance"] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+        assert found["clip_whole"] == pytest.approx(score(output), abs=1e-4)  # of 100
+        if convention == "pie_compat":
+            assert found["clip_edited"] == pytest.approx(score(output * mask), abs=1e-4)
+
+
 @pytest.mark.parametrize("make", [metrics.VitKeys, metrics.ClipScorer])
 def test_absent_weights_are_said_in_one_sentence(make, tmp_path):
     ask = {metrics.VitKeys: lambda b: b.features(noise(1, 3, 16, 16))}

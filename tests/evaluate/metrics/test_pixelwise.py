@@ -169,6 +169,20 @@ def test_exactness_by_hand():
         metrics.exactness(a, b, levels=-1)
 
 
+def test_exactness_counts_from_the_ceiling_by_hand():
+    """Input 100; the ceiling is at 104, 100 and 90: so far, and two levels more, may it stray."""
+    a = torch.full((3, 1, 6), 100 / 255, dtype=torch.float64)
+    ceiling = a.clone()
+    ceiling[1, 0] = torch.tensor([104, 104, 100, 100, 90, 90], dtype=torch.float64) / 255
+    b = a.clone()
+    b[1, 0] = torch.tensor([94, 93, 102, 103, 112, 113], dtype=torch.float64) / 255
+    best = {"ceiling": ceiling}
+    assert metrics.exactness(a, b, levels=2, **best) == pytest.approx(3 / 6)
+    assert metrics.exactness(a, ceiling, **best) == metrics.exactness(a, a, **best) == 1
+    b[0, 0, 0] += 3 / 255  # one channel is enough
+    assert metrics.exactness(a, b, levels=2, **best) == pytest.approx(2 / 6)
+
+
 def test_what_does_not_fit_is_refused():
     a, b = images()
     for metric in (metrics.ssim, metrics.mse, metrics.psnr):

@@ -155,7 +155,14 @@ def _blur(x: Tensor) -> Tensor:
     return F.conv2d(down, bell[None, None, None, :])[:, 0]
 
 
-def exactness(a: Tensor, b: Tensor, edited: Mask | None = None, *, levels: int = 0) -> float:
+def exactness(
+    a: Tensor,
+    b: Tensor,
+    edited: Mask | None = None,
+    *,
+    levels: int = 0,
+    ceiling: Tensor | None = None,
+) -> float:
     """Share of background pixels that are the same in 8 bits.
 
     Args:
@@ -163,12 +170,15 @@ def exactness(a: Tensor, b: Tensor, edited: Mask | None = None, *, levels: int =
         b: image of the same shape.
         edited: (H, W) bool, true where pixels do not count; None counts all.
         levels: by how many of 255 levels a channel may differ.
+        ceiling: image of the same shape, the best that could have been made of `a`: where it
+            strays from `a`, `b` may stray as far and `levels` more.
 
     Returns:
         A number from 0 to 1, or NaN where there is no background.
     """
     check_range("levels", levels, 0, LEVELS)
     counts = background(a, b, edited)
-    whole = [(x.double() * LEVELS).round() for x in (a, b)]
-    same = ((whole[0] - whole[1]).abs() <= levels).all(0)[counts]
+    whole = [(x.double() * LEVELS).round() for x in (a, b, a if ceiling is None else ceiling)]
+    gap, allowed = (whole[0] - whole[1]).abs(), (whole[0] - whole[2]).abs() + levels
+    same = (gap <= allowed).all(0)[counts]
     return float(same.double().mean()) if same.numel() else math.nan

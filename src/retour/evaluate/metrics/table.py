@@ -56,6 +56,8 @@ class Sample:
         truth: the true edited image; None where nobody knows it.
         source_prompt: what the input shows.
         kind: name of the edit's kind; "" if unknown.
+        ceiling: what the model's encoder and decoder make of the input, of the output's shape;
+            None where there is none, or nobody knows it.
     """
 
     source: Tensor
@@ -65,6 +67,7 @@ class Sample:
     truth: Tensor | None = None
     source_prompt: str = ""
     kind: str = ""
+    ceiling: Tensor | None = None
 
     @classmethod
     def make(
@@ -74,11 +77,12 @@ class Sample:
         *,
         mask: np.ndarray | None = None,
         truth: Image.Image | None = None,
+        ceiling: Image.Image | None = None,
         **texts: str,
     ) -> Sample:
         """From pictures and a mask (H, W) bool; `texts` are the other attributes.
 
-        Input, mask and true edit are brought to the output's size; pixels of which an edit may
+        All others are brought to the output's size; pixels of which an edit may
         change a part count as edited.
         """
         size = output.size
@@ -87,6 +91,7 @@ class Sample:
             output=pixels(output),
             edited=None if mask is None else _mask_at(mask, size),
             truth=None if truth is None else pixels(_at(truth, size)),
+            ceiling=None if ceiling is None else pixels(_at(ceiling, size)),
             **texts,
         )
 
@@ -478,12 +483,20 @@ class EditSuccess(Metric):
 
 @_listed
 class BackgroundExact(Metric):
-    """Share of the background's pixels that are the input's to the bit (8 bits a channel)."""
+    """Share of the background's pixels that the edit left alone, up to 8 of 255 levels a channel.
+
+    Counted from how far the model's own encoder and decoder stray: to the bit, hardly any pixel
+    survives these. Without a reconstruction to compare with, from the input.
+    """
 
     name, title, unit = "background_exact", "background exact", "%"
+    levels: ClassVar[int] = 8
     needs_truth = needs_mask = True
     quirks = False
 
     def measure(self, samples: Sequence[Sample]) -> list[float]:
         """In percent; NaN where there is no background."""
-        return [100.0 * exactness(s.source, s.output, s.edited) for s in samples]
+        return [
+            100.0 * exactness(s.source, s.output, s.edited, levels=self.levels, ceiling=s.ceiling)
+            for s in samples
+        ]
