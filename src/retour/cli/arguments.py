@@ -13,7 +13,11 @@ INVERSION_SUFFIX = ".safetensors"
 
 ImageArg = Annotated[
     Path,
-    typer.Argument(metavar="IMAGE", help="A picture, or an inversion file.", show_default=False),
+    typer.Argument(
+        metavar="IMAGE",
+        help="A picture; an inversion file; for a model of clips a folder of frames or a GIF.",
+        show_default=False,
+    ),
 ]
 SourceOpt = Annotated[
     str | None, typer.Option("--source", help="What the picture shows; left out: a guess is made.")

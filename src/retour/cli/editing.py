@@ -60,7 +60,7 @@ def edit(
         read_picture(mask)
     check_method("edit", editor, edit_options)
     inversion = inversion_of(
-        image, source, model, device, dtype, invert_options, inverter, editor,
+        image, source, model, device, dtype, invert_options, inverter, editor, outs,
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
     result = api.edit(
@@ -124,7 +124,7 @@ def reconstruct(
     from .. import api
 
     inversion = inversion_of(
-        image, source, model, device, dtype, invert_options, inverter,
+        image, source, model, device, dtype, invert_options, inverter, outs=[out],
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
     result = api.reconstruct(inversion, guidance=guidance)

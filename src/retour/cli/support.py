@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import RetourError
-from ..io import WRITABLE, check_writable, plain, read_picture
+from ..io import (
+    ANIMATED,
+    WRITABLE,
+    Clip,
+    check_writable,
+    is_clip,
+    plain,
+    read_clip,
+    read_picture,
+)
 from .arguments import DEFAULT_MODEL, INVERSION_SUFFIX
 
 if TYPE_CHECKING:
@@ -67,9 +76,14 @@ def inversion_of(
     options: Sequence[str] | None,
     method: str | None,
     editor: str = "p2p",
+    outs: Sequence[Path] = (),
     **settings: Any,
 ) -> Inversion:
-    """Read an inversion file, or invert a picture (by default, as the editor likes it)."""
+    """Read an inversion file, or invert a picture (by default, as the editor likes it).
+
+    A folder of frames or an animated picture is a clip, to a model of clips, which all of `outs`
+    must be able to hold.
+    """
     from .. import api
     from ..core.state import Inversion
 
@@ -81,14 +95,17 @@ def inversion_of(
     check_source(source)
     if method is not None:
         check_method("invert", method, options)
-    picture = read_picture(image)
+    shown = read_clip(image) if is_clip(image) else read_picture(image).image
     loaded = load_model(DEFAULT_MODEL if model is None else model, device, dtype)
+    if "video" in loaded.capabilities:
+        for path in outs:
+            check_writable(path, ANIMATED)
+    elif isinstance(shown, Clip):
+        shown = read_picture(image).image  # its first frame, with a warning; a folder is refused
     if method is None:
         method = api.usual_inverter(editor, loaded)
         check_method("invert", method, options)
-    inversion = api.invert(
-        loaded, picture.image, source, method=method, **settings, **key_values(options)
-    )
+    inversion = api.invert(loaded, shown, source, method=method, **settings, **key_values(options))
     if source is None:
         say(f"source prompt (guessed): {inversion.prompts[0]!r}")
     return inversion

@@ -5,7 +5,7 @@ Reading takes whatever a user has (a file, a PIL image, a NumPy array, a tensor)
 clips (channels, frames, height, width). Torch is imported only by the functions that give tensors.
 """
 
-from .clips import Clip, fit_clip, read_clip, save_clip
+from .clips import ANIMATED, Clip, fit_clip, is_clip, read_clip, save_clip
 from .decoding import MAX_PIXELS, MAX_SIDE, READABLE, Limits, Pathlike, PictureWarning, Size
 from .fitting import Box, Placement, canvas_size, fit
 from .reading import Picture, read_image, read_picture, read_upload
@@ -23,6 +23,7 @@ from .writing import (
 )
 
 __all__ = [
+    "ANIMATED",
     "MAX_PIXELS",
     "MAX_SIDE",
     "READABLE",
@@ -41,6 +42,7 @@ __all__ = [
     "check_writable",
     "fit",
     "fit_clip",
+    "is_clip",
     "plain",
     "png_bytes",
     "read_clip",

@@ -96,6 +96,17 @@ def read_clip(source: Any) -> Clip:
     return Clip(_read_all(source if _is_many(source) else [source], "the clip"))
 
 
+def is_clip(path: Pathlike) -> bool:
+    """Whether a path is a folder, or a picture of several frames."""
+    file = Path(path)
+    if file.is_dir():
+        return True
+    check_readable(file)
+    with decoding(f"'{file}'"), Image.open(file, formats=available_formats()) as image:
+        # The further pictures in a camera's MPO file are previews.
+        return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+
+
 def _is_many(source: Any) -> bool:
     if isinstance(source, (list, tuple)):
         return True
@@ -128,6 +139,7 @@ def _read_file(path: Path) -> Clip:
         image = Image.open(path, formats=available_formats())
     with image, decoding(label):
         check_size(image.size, label, Limits(MAX_PIXELS, MAX_SIDE))
+        image.load()  # WebP tells a frame's duration only with its pixels
         duration = image.info.get("duration") or DURATION
         frames: list[Image.Image] = []
         for frame in ImageSequence.Iterator(image):
