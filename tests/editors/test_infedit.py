@@ -133,6 +133,17 @@ def test_early_all_look_as_the_source_and_the_layout_moves_its_values(inv):
         assert not torch.equal(v[target][:, part], v[source][:, part])
 
 
+def test_early_ends_where_its_part_of_the_steps_is_reached(inv):
+    """r < r_self, strictly: of three steps, two thirds make the first one early only."""
+    spy = QKV()
+    run(inv, self_steps=2 / 3, cross_steps=0.0, extra=[spy])
+    seen = [s for s in spy.seen if s[0].site.kind != "cross" and s[0].step.position == 1]
+    assert seen
+    for call, _, k, _ in seen:
+        source, target = row(call, "source"), row(call, "target")
+        assert not torch.equal(k[target][:, call.image], k[source][:, call.image])
+
+
 def test_late_the_layout_asks_as_the_target_and_is_answered_by_the_source(inv):
     spy = QKV()
     run(inv, self_steps=0.0, cross_steps=0.0, extra=[spy])
