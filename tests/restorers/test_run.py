@@ -12,6 +12,7 @@ import retour
 import tiny
 from problems import PATHS, ProblemModel, pictures
 from retour.io import plain, read_record
+from retour.privacy import load_classifier
 from retour.restorers.operators import Grey, Inpaint, MotionBlur, SuperResolution
 from retour.restorers.run import restore, steer
 from retour.restorers.steering import Distance
@@ -34,7 +35,7 @@ def network(family):
 def test_a_hole_takes_the_colour_around_it():
     holed = np.asarray(RED).copy()
     holed[2:6, 2:6] = 255  # what the hole shows must not matter
-    result = restore(exact(), Image.fromarray(holed), "inpaint", mask=HOLE)
+    result = restore(exact(), Image.fromarray(holed), "inpaint", mask=HOLE, steps=12)
     pixels = np.asarray(result.image).astype(float)
     assert pixels[2:6, 2:6, 0].mean() > 150 > 110 > pixels[2:6, 2:6, 1:].mean()
     assert result.record["nfe"] == 12 and result.record["misfit"][0] < 0.02
@@ -65,6 +66,25 @@ def test_a_grey_picture_is_coloured_as_it_is_told():
     assert told["red"][0] > told["blue"][0] + 40 and told["blue"][2] > told["red"][2] + 40
     for mean in told.values():
         assert float(mean @ [0.299, 0.587, 0.114]) == pytest.approx(96, abs=4)
+
+
+def test_without_a_prompt_one_is_proposed_from_the_filled_picture(monkeypatch):
+    """The hole's grey is no part of what the proposer sees; "" tells nothing."""
+    seen = []
+
+    def guess(pictures):
+        seen.extend(pictures)
+        return ["red"] * len(pictures)
+
+    monkeypatch.setattr("retour.restorers.run.propose", guess)
+    result = restore(exact(), [RED, RED], "inpaint", mask=HOLE)
+    assert result.record["prompts"] == ["red", "red"] and result.record["prompts_proposed"] is True
+    assert result.record["steps"] == result.record["nfe"] == 100  # the paper's, for latent models
+    assert all(np.array_equal(np.asarray(p), np.asarray(RED)) for p in seen) and len(seen) == 2
+    told = restore(exact(), [RED, RED], "inpaint", mask=HOLE, prompt="red")
+    assert torch.equal(told.latents, result.latents) and told.record["prompts_proposed"] is False
+    assert restore(exact(), RED, "inpaint", mask=HOLE, prompt="").record["prompts"] == [""]
+    assert len(seen) == 2
 
 
 def test_measurements_as_they_are():
@@ -114,11 +134,47 @@ def test_steering_towards_a_class():
         return -((images[:, None] - means) ** 2).flatten(2).mean(2) * 10
 
     for label in range(3):
-        result = steer(exact(), lambda x, label=label: -logits(x).log_softmax(1)[:, label])
-        free = steer(exact(), lambda x, label=label: -logits(x).log_softmax(1)[:, label], kappa=0)
+        cost = lambda x, label=label: -logits(x).log_softmax(1)[:, label]  # noqa: E731
+        result = steer(exact(), cost, kappa=0.1)
+        free = steer(exact(), cost, kappa=0)
         assert result.record["costs"][0] < 0.1
         assert result.record["costs"][0] <= free.record["costs"][0] + 1e-9
     assert result.record["nfe"] == 12
+
+
+def test_steering_by_a_classifier_is_steering_by_its_cross_entropy():
+    """Which sees pictures in [0, 1]; the class by name or number, in the record too."""
+
+    def logits(images):
+        means = pictures(8).means.float()[None] / 2 + 0.5
+        return -((images[:, None] - means) ** 2).flatten(2).mean(2) * 40
+
+    names = pictures(8).names
+    judge = load_classifier(logits, name="mine", labels=names)
+    found = steer(exact(), classifier=judge, label=names[2], steps=6)
+    assert (found.record["classifier"], found.record["label"]) == ("mine", names[2])
+
+    def cost(images):
+        return -logits(images / 2 + 0.5).double().log_softmax(1)[:, 2]
+
+    wanted = steer(exact(), cost, steps=6)
+    torch.testing.assert_close(found.latents, wanted.latents, rtol=0, atol=1e-9)
+    again = steer(exact(), classifier=judge, label=2, steps=6)
+    assert torch.equal(again.latents, found.latents)
+    for label in range(3):
+        made = steer(exact(), classifier=judge, label=label, steps=12, kappa=0.1).latents
+        assert int(logits(made.float() / 2 + 0.5).argmax()) == label
+
+
+@pytest.mark.slow
+def test_the_embedded_classifier_steers_the_embedded_model():
+    """Pictures of no prompt: what was seldom seen is seen; no gradient reaches the network."""
+    judge, found = load_classifier("emoji-cnn"), {}
+    for kappa in (0.0, 0.05):
+        result = steer("emoji-mmdit", classifier=judge, label="cat", prompt=[""] * 4, kappa=kappa)
+        found[kappa] = np.exp(-np.array(result.record["costs"])).mean()
+    print("probability of a cat", found)
+    assert found[0.0] < 0.2 and found[0.05] > 0.9
 
 
 def test_steering_many_prompts_gives_each_its_own_noise():
@@ -152,6 +208,9 @@ def test_steering_many_prompts_gives_each_its_own_noise():
         (lambda: restore(network("sd1"), torch.zeros(1, 3, 7, 7), "identity"), "multiples"),
         (lambda: restore(exact(), torch.full((1, 3, 8, 8), np.nan), "identity"), "NaN"),
         (lambda: steer(exact(), Distance(torch.zeros(1)), kappa=-1), "kappa is -1"),
+        (lambda: steer(exact()), "a cost, or a classifier and the label"),
+        (lambda: steer(exact(), classifier="emoji-cnn"), "a cost, or a classifier and the label"),
+        (lambda: steer(exact(), classifier="emoji-cnn", label="cta"), "did you mean 'cat'"),
     ],
 )
 def test_bad_input_is_one_sentence(call, says):

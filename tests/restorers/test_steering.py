@@ -142,6 +142,38 @@ def test_both_faces_stay_consistent_and_the_state_moves():
         torch.testing.assert_close(moved, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["flow", "vp"])
+def test_asking_again_is_at_the_moved_state(name):
+    """By hand: ask, move, ask there, move, and the interval with the last answer."""
+    path = PATHS[name]
+    model = ProblemModel(mixture(), path, "velocity")
+    run, wanted, x, t = target(model, 3), points(3, 2), points(3), 0.6
+    [step] = [s for s in flow_grid(5).walk(down=True) if s.t == 0.6]
+    found = Steer({"target": Distance(wanted)}, 0.7, again=2).denoiser(step, run, run.layout)(x, t)
+    assert run.ledger.nfe(3) == 3
+    total = sum(levels(path, t, x))
+    for _ in range(3):
+        before = run(x, t)
+        move = -0.7 * (before.x0 - wanted)
+        x = x + total * move
+    torch.testing.assert_close(found.x0, before.x0 + move, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.velocity, before.velocity, rtol=0, atol=1e-10)
+
+
+def test_asking_again_once_is_the_code_s_rectified_diffusion_step_with_a_last_move():
+    """Its noise is predicted anew after the move: only the estimate's last descent is ours."""
+    model = ProblemModel(mixture(), PATHS["vp"], "eps")
+    run, x, t = target(model, 3), points(3), 0.6
+    [step] = [s for s in flow_grid(5).walk(down=True) if s.t == 0.6]
+    costs = {"target": Distance(points(3, 2))}
+    found = Steer(costs, 0.4, again=1).denoiser(step, run, run.layout)(x, t)
+    once = Steer(costs, 0.4).denoiser(step, run, run.layout)(x, t)
+    alpha, sigma = levels(model.path, t, x)
+    anew = run(alpha * once.x0 + sigma * once.eps, t)
+    torch.testing.assert_close(found.velocity, anew.velocity, rtol=0, atol=1e-10)
+    assert (anew.velocity - once.velocity).abs().max() > 1e-3
+
+
 def test_last_steps_may_be_left_free():
     model = ProblemModel(mixture(), PATHS["flow"], "velocity")
     steer = Steer({"target": Distance(points(4))}, 1.0, free=2)

@@ -1,4 +1,4 @@
-"""Commands of other purposes: attack, restore, drag."""
+"""Commands of other purposes: attack, restore, steer, drag."""
 
 from __future__ import annotations
 
@@ -128,7 +128,10 @@ def restore(
     scale: Annotated[
         int | None, typer.Option("--scale", help="sr: how much larger.", show_default="4")
     ] = None,
-    prompt: Annotated[str, typer.Option("--prompt", help="What it shows, if known.")] = "",
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="What it shows; left out: a guess is made; '': nothing."),
+    ] = None,
     method: Annotated[
         str, typer.Option("--method", help="See `retour methods --task restore`.")
     ] = "flowchef",
@@ -136,7 +139,9 @@ def restore(
         bool, typer.Option("--project", help="At last put what was measured back.")
     ] = False,
     model: FlowModelOpt = None,
-    steps: StepsOpt = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Steps.", show_default="the method's")
+    ] = None,
     guidance: Annotated[float, typer.Option("--guidance", help="Guidance scale.")] = 1.0,
     negative: NegativeOpt = "",
     seed: SeedOpt = 0,
@@ -178,7 +183,57 @@ def restore(
         project=project,
         **key_values(restore_options),
     )
+    if prompt is None:
+        say(f"prompt (guessed): {result.record['prompts'][0]!r}")
     result.save(out, keep_size=keep_size)
+    print_record(result.record, [out], as_json)
+
+
+@app.command()
+def steer(
+    out: Annotated[Path, typer.Option("-o", "--out", help="The picture.")],
+    label: Annotated[str, typer.Option("--label", help="What the classifier should see.")],
+    classifier: Annotated[
+        str, typer.Option("--classifier", help="Embedded name or folder.")
+    ] = "emoji-cnn",
+    prompt: Annotated[str, typer.Option("--prompt", help="What it shall show.")] = "",
+    kappa: Annotated[
+        float, typer.Option("--kappa", help="Root mean square of a step on the latents.")
+    ] = 0.05,
+    inner: Annotated[int, typer.Option("--inner", help="Steps of descent in an interval.")] = 1,
+    free: Annotated[int, typer.Option("--free", help="Last intervals that are left alone.")] = 0,
+    model: FlowModelOpt = None,
+    steps: StepsOpt = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", help="Scale.", show_default="the model's; 1 without a prompt"),
+    ] = None,
+    negative: NegativeOpt = "",
+    seed: SeedOpt = 0,
+    device: DeviceOpt = None,
+    dtype: DtypeOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Sample a picture that a classifier shall see as something."""
+    check_writable(out, WRITABLE)
+    from ..privacy import load_classifier
+    from ..restorers.run import steer as run_steer
+
+    load_classifier(classifier).index(label)
+    result = run_steer(
+        load_model(FLOW_MODEL if model is None else model, device, dtype),
+        classifier=classifier,
+        label=label,
+        prompt=prompt,
+        kappa=kappa,
+        inner=inner,
+        free=free,
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
+        seed=seed,
+    )
+    result.save(out)
     print_record(result.record, [out], as_json)
 
 

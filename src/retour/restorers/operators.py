@@ -9,7 +9,8 @@ that it divides, in any float dtype, and knows
   the largest are left out, which is a truncated SVD;
 - `norm`, :math:`\|A\|_2`;
 - `observe`, how a degraded *picture* is read as a measurement, and `guess`, the plain picture that
-  a measurement looks like (bicubic enlargement, the blurred picture itself).
+  a measurement looks like (bicubic enlargement, the blurred picture itself, a hole filled
+  smoothly).
 
 Operators whose rows and columns are degraded alike are two small matrices, :math:`A = W_h \otimes
 W_w`, so that their norm and pseudo-inverse are exact: :math:`A^+ = W_h^+ \otimes W_w^+`.
@@ -195,6 +196,11 @@ class Inpaint(Operator):
     def observe(self, pictures: Tensor) -> Tensor:
         """Whatever the picture shows in the hole is no measurement."""
         return self.forward(pictures)
+
+    def guess(self, y: Tensor) -> Tensor:
+        """Known pixels, continued smoothly into the hole."""
+        known = self.known.to(y).expand(len(y), 1, *y.shape[-2:])
+        return filled(y * known, known)
 
     def check(self, size: tuple[int, int]) -> None:
         """Refuse images of another size than the mask's."""
@@ -446,6 +452,22 @@ def line_kernel(length: float, angle: float) -> Tensor:
     across, down = ((1 - (axis - place).abs()).clamp(min=0) for place in (columns, rows))
     kernel = down @ across.mT
     return kernel / kernel.sum()
+
+
+def filled(x: Tensor, known: Tensor) -> Tensor:
+    """Fill what is not known with means of what is, over cells as small as hold any.
+
+    Args:
+        x: (B, C, H, W), zero where it is not known.
+        known: (B, 1, H, W), ones and zeros; each has a one.
+    """
+    if bool(known.all()):
+        return x
+    share = F.avg_pool2d(known, 2, ceil_mode=True)
+    mean = F.avg_pool2d(x, 2, ceil_mode=True) / share.where(share > 0, 1.0)
+    around = filled(mean, (share > 0).to(known))
+    larger = F.interpolate(around, x.shape[-2:], mode="bilinear", align_corners=False)
+    return torch.where(known > 0, x, larger)
 
 
 def _correlate(x: Tensor, kernel: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import api
+from ..captions import propose
 from ..core.branches import Branch, Denoiser
 from ..core.loop import Observer, walk
 from ..core.model import Ledger, Model
@@ -24,10 +25,11 @@ from ..core.solver import Solver
 from ..errors import RetourError, check_finite, check_range
 from ..io import Placement, canvas_size, read_image, to_image, to_tensor
 from ..pictures import Pictures
+from ..privacy.classifiers import ClassifierLike, load_classifier
 from ..record import describe_run
 from .base import RestoreJob
 from .operators import Inpaint, Operator, operator_class
-from .steering import Cost, Steer
+from .steering import Classified, Cost, Steer
 
 PINV_CUTOFF = 0.05
 
@@ -57,7 +59,7 @@ def restore(
     image: Any,
     operator: Operator | str,
     *,
-    prompt: str | Sequence[str] = "",
+    prompt: str | Sequence[str] | None = None,
     method: str = "flowchef",
     mask: Any = None,
     steps: int | None = None,
@@ -74,10 +76,11 @@ def restore(
         image: a degraded picture: a path, PIL image, array, or tensor (3, H, W); or a list of them
             (one batch); or measurements as they are, a tensor (B, C, H, W) of images in [-1, 1].
         operator: what happened to it, or the name of an operator that needs no more than `mask`.
-        prompt: what the picture shows, one for all or one each; "" leaves it to the model.
+        prompt: what the picture shows, one for all or one each; "" leaves it to the model. None
+            asks the caption proposer about the damaged picture, its hole filled smoothly.
         method: a registered restorer.
         mask: for ``inpaint``, white where the picture is missing, of the picture's size.
-        steps: steps of the time grid; None takes the model's default.
+        steps: steps of the time grid; None takes the restorer's default.
         guidance: guidance scale; 1 is the prompt alone, which the measurement needs no help to
             follow.
         negative: negative prompt of the guidance.
@@ -100,8 +103,12 @@ def restore(
         raise RetourError(f"operator {operator.name!r} has no pseudo-inverse: leave project out")
     size = (placements[0].canvas[1], placements[0].canvas[0])
     operator.check(size)
-    prompts = _prompts(prompt, len(observed))
     check_range("guidance", guidance, 0, api.MAX_GUIDANCE)
+    if prompt is None:
+        prompts = propose([to_image(p) for p in operator.guess(observed)])
+    else:
+        prompts = _prompts(prompt, len(observed))
+    steps = int(entry.facts.get("steps", model.default_steps)) if steps is None else steps
     job = RestoreJob(
         model=model,
         operator=operator,
@@ -109,7 +116,7 @@ def restore(
         size=size,
         condition=model.embed(prompts, size=size),
         negative=model.embed([negative] * len(prompts), size=size),
-        grid=model.grid(model.default_steps if steps is None else steps, size=size),
+        grid=model.grid(steps, size=size),
         guidance=float(guidance),
         generator=torch.Generator().manual_seed(seed),
     )
@@ -125,6 +132,7 @@ def restore(
         "restorer_options": vars(restorer.options),
         "operator": _describe(operator),
         "prompts": list(prompts),
+        "prompts_proposed": prompt is None,
         "negative": negative,
         "steps": job.grid.steps,
         "guidance": guidance,
@@ -138,10 +146,12 @@ def restore(
 
 def steer(
     model: api.ModelLike,
-    cost: Cost | Callable[[Tensor], Tensor],
+    cost: Cost | Callable[[Tensor], Tensor] | None = None,
     *,
+    classifier: ClassifierLike | None = None,
+    label: str | int | None = None,
     prompt: str | Sequence[str] = "",
-    kappa: float = 0.1,
+    kappa: float = 0.05,
     inner: int = 1,
     free: int = 0,
     size: tuple[int, int] | None = None,
@@ -157,8 +167,12 @@ def steer(
 
     Args:
         model: a loaded model, a name, a folder, a hub id or a diffusers pipeline.
-        cost: pictures (B, 3, H, W) in [-1, 1] -> costs (B,), differentiable, `-log p(c|x)` of a
-            classifier, say; or a :class:`~retour.restorers.steering.Cost` of latents.
+        cost: pictures (B, 3, H, W) in [-1, 1] -> costs (B,), differentiable; or a
+            :class:`~retour.restorers.steering.Cost` of latents.
+        classifier: in the place of a cost: what should see `label`, of which -log p is the cost;
+            an embedded classifier's name, a folder, a torch module or a function (see
+            :func:`retour.privacy.load_classifier`).
+        label: the class, by name or number.
         prompt: one prompt, or one for each picture to make.
         kappa: root mean square of a step on the latents; of a cost that knows its curvature, the
             part of the error that a step removes.
@@ -173,6 +187,7 @@ def steer(
     """
     model = api.as_model(model)
     check_range("kappa", kappa, 0)
+    wanted, judged = _wanted(model, cost, classifier, label)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     size = (model.native, model.native) if size is None else size
     scale = _scale(model, guidance, prompts)
@@ -185,7 +200,6 @@ def steer(
     _, sigma = levels(model.path, grid.times[-1], noise)
     ledger = Ledger()
     branch = Branch("target", condition, plain, scale)
-    wanted = cost if isinstance(cost, Cost) else _OfPictures(model, cost)
     solver: Solver = get("solver", "ddim").make()
     end = walk(
         solver,
@@ -210,11 +224,31 @@ def steer(
         "inner": inner,
         "free": free,
         "costs": costs.tolist(),
+        **judged,
     }
     record = describe_run("steer", model, ledger, len(prompts), asked)
     canvas = (size[1], size[0])
     placements = [Placement.plan(canvas, canvas)] * len(prompts)
     return Restoration([to_image(p) for p in pixels], end.x, pixels, record, placements)
+
+
+def _wanted(
+    model: Model,
+    cost: Cost | Callable[[Tensor], Tensor] | None,
+    classifier: ClassifierLike | None,
+    label: str | int | None,
+) -> tuple[Cost, dict[str, Any]]:
+    """The cost of latents that is meant, and what the record says of it."""
+    if (cost is None) == (classifier is None) or (classifier is None) != (label is None):
+        raise RetourError("steer takes a cost, or a classifier and the label that it should see")
+    if isinstance(cost, Cost):
+        return cost, {}
+    if cost is not None:
+        return _OfPictures(model, cost), {}
+    assert classifier is not None and label is not None
+    judge = load_classifier(classifier)
+    wanted = Classified(model, lambda images: judge(images / 2 + 0.5), judge.index(label))
+    return wanted, {"classifier": judge.name, "label": judge.label(judge.index(label))}
 
 
 class _OfPictures(Cost):
