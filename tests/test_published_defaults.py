@@ -61,6 +61,7 @@ PUBLISHED = {
 DEVIATIONS = [
     ("invert", "dci", "rescale", False, "``rescale`` keeps that proportion at other sizes"),
     ("invert", "pix2pix-zero", "rolls", "published", "the published code draws it too (``rolls="),
+    ("invert", "uniform-maps", "anchor", "returned", '(``anchor="returned"``)'),
     ("edit", "p2p", "mode", "refine", "their benchmark always aligns"),
     ("edit", "masactrl", "source_prompt", "empty", 'set ``source_prompt="empty"``'),
     ("edit", "pix2pix-zero", "push", 1.0, "``push=1`` is as published"),

@@ -25,10 +25,8 @@ inverter of the same name brings along on its way back. The mask comes with any 
 the inversion's own. The published runs invert the source branch under the prompt "" and keep it so:
 ``prompt=""`` when inverting; with another one, as here by default, the source says what it shows.
 
-The paper's gain in background depends on how faithful the uniform track is. The embedded network
-leans on its captions, so there it is not: of 4 edits at 25 steps, outside of the true masks, the
-track's own squared error is 0.11 (summed over channels), MasaCtrl's 0.20, and under the mask 0.23;
-at 10 steps the track is lost altogether. Take 50 steps, or ``p2p`` with ``direct``.
+The paper's gain in background depends on how faithful the uniform track is, hence on the
+inverter's `anchor`.
 
 The control reads X off the latents before and after the solver's step (of which the DDIM step is
 linear), so it sees what the editor made of the predictions, and acts before blends do.
