@@ -174,3 +174,25 @@ def test_the_scripts_print_the_heads_of_their_tables_in_the_docs(tables):
     for name, script in (("batches", "batch"), ("exactness", "exactness")):
         [place] = found[f"benchmarks/{name}"].places
         assert place.table.heads[0] in (ROOT / "benchmarks" / f"{script}.py").read_text()
+
+
+def test_the_sizes_of_the_embedded_models_are_those_of_their_files():
+    """The one table of facts that is no measurement; a stored position table is no parameter."""
+    import math
+    import struct
+
+    rows = re.findall(
+        r"^\| `([\w-]+)` \|.*\| ([\d.]+) M \|$", (DOCS / "models.md").read_text(), re.M
+    )
+    own = {"emoji-unet": "unet", "emoji-mmdit": "transformer"}
+    weights = ROOT / "src" / "retour" / "weights"
+    assert {name for name, _ in rows} == {path.name for path in weights.iterdir() if path.is_dir()}
+    for name, said in rows:
+        count = 0
+        for file in (weights / name / own.get(name, "")).glob("*.safetensors"):
+            data = file.read_bytes()
+            (length,) = struct.unpack("<Q", data[:8])
+            header = json.loads(data[8 : 8 + length])
+            header.pop("__metadata__", None)
+            count += sum(math.prod(tensor["shape"]) for tensor in header.values())
+        assert float(said) == pytest.approx(count / 1e6, abs=0.015), name
