@@ -21,7 +21,7 @@ Round = Sequence[Drag]
 def drag(
     model: api.ModelLike,
     image: Any,
-    drags: str | Drag | Round | Sequence[Round],
+    drags: str | Drag | Round | Sequence[Round | str],
     *,
     prompt: str | None = None,
     target: str | None = None,
@@ -41,8 +41,8 @@ def drag(
         model: a loaded model with joint attention, a name, a folder, a hub id or a pipeline.
         image: a path, PIL image, array, or tensor (3, H, W).
         drags: what to drag where, in pixels of the picture from its top left corner: "x,y>x,y;
-            ...", one :class:`Drag` or several, which act together; or several such lists, one for
-            each round, each of which starts from the last one's picture.
+            ...", one :class:`Drag` or several, which act together; or several such texts or lists,
+            one for each round, each of which starts from the last one's picture.
         prompt: what the picture shows; None asks the caption proposer.
         target: what it shall show; None: the same. New words guide what appears.
         mask: where editing is allowed (white); for mode ``move``, what is moved. In later rounds of
@@ -97,7 +97,7 @@ def drag(
     return replace(result, record={**result.record, **costs, "rounds": records})
 
 
-def read_rounds(drags: str | Drag | Round | Sequence[Round]) -> list[tuple[Drag, ...]]:
+def read_rounds(drags: str | Drag | Round | Sequence[Round | str]) -> list[tuple[Drag, ...]]:
     """Drags of each round."""
     if isinstance(drags, Drag):
         return [(drags,)]

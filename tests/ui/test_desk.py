@@ -4,9 +4,10 @@ import json
 import threading
 
 import pytest
+import torch
 
 from retour.errors import RetourError
-from retour.ui import markup
+from retour.ui import markup, menus
 from retour.ui.desk import Desk
 from retour.ui.drawing import data_url, limits
 from retour.ui.shelf import Shelf
@@ -182,3 +183,33 @@ def test_what_strangers_write_is_escaped(desk, gradient):
     )
     assert not any("<img src=x" in part for part in parts)
     assert "&lt;img" in parts[4]
+
+
+def test_on_a_processor_few_steps_are_offered_first(desk, monkeypatch):
+    """On a GPU, and where the model itself takes fewer, the model's own."""
+    name = desk.shelf.names[0]
+    model = desk.shelf.get(name)
+    for own, device, offered in ((50, "cpu", 20), (12, "cpu", 12), (50, "cuda", 50)):
+        monkeypatch.setattr(model, "default_steps", own)
+        monkeypatch.setattr(type(model), "device", torch.device(device))
+        assert desk.menu(name).steps == offered
+
+
+def test_rounds_are_asked_for_beside_the_options_of_a_drag(desk, gradient):
+    """Only editors that take drags know them, and they reach the recipe, not the editor."""
+    room = bring(desk, "a", gradient)
+    assert menus.IN_TURN in menus.form("edit", "lazydrag")
+    assert menus.IN_TURN not in menus.form("edit", "p2p") + menus.form("invert", "ddim")
+    points = [[0.2, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 0.9]]
+    for said, wanted in (("True", True), ("False", False)):
+        options = {"edit": {"in_turn": said, "band": "2"}}
+        drawn = {"mask": "", "points": points, "options": options}
+        asked = form(editor="lazydrag", inverter="uniinv")
+        found = desk._recipe(asked, drawn, room, False)
+        assert found.in_turn is wanted and found.editor_options == {"band": 2}
+        assert len(found.drags) == 2
+    with pytest.raises(RetourError, match="unknown option"):
+        desk.begin("a", form(drawn='{"options": {"edit": {"in_turn": "True"}}}'))
+    with pytest.raises(RetourError, match="cannot be read"):
+        drawn = json.dumps({"points": points, "options": {"edit": ["in_turn"]}})
+        desk.begin("a", form(editor="lazydrag", inverter="uniinv", drawn=drawn))

@@ -54,6 +54,10 @@ CASES = {
         "drags": ((10, 10, 30, 12), (5, 20, 5, 28)), "guidance": 1.0, "seed": 4,
         "inverter_options": {"strength": 0.9}, "editor_options": {"fill": "neighbours"},
     },
+    "drag in turn": {
+        "model": "tiny-sd3", "editor": "lazydrag", "inverter": "uniinv", "target": "",
+        "drags": ((10, 10, 30, 12), (30, 12, 30, 26)), "in_turn": True, "guidance": 1.0,
+    },
     "drag with words": {
         "model": "tiny-sd3", "editor": "lazydrag", "inverter": "uniinv",
         "drags": ((10, 10, 30, 12),), "guidance": 1.0, "mask": "in-mask.png",
@@ -139,3 +143,15 @@ def test_file_names_are_harmless(given, kept):
 
 def test_drags_are_written_as_drag_reads_them():
     assert drag_text(((1, 2, 3, 4), (5, 6, 7, 8))) == "1,2>3,4; 5,6>7,8"
+
+
+def test_rounds_are_walked_one_after_the_other(folders, gradient):
+    """Both come to the end of the bar, and the bar never falls."""
+    asked = recipe(**CASES["drag in turn"])
+    told = []
+    made = make(asked, load(folders[asked.model]), gradient, tell=told.append)
+    assert len(made.record["rounds"]) == 2
+    fractions = [p.fraction for p in told]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0
+    ends = [p.fraction for p in told if p.phase == "edit" and p.step == p.steps]
+    assert ends == [0.5, 1.0]

@@ -29,6 +29,7 @@ from .shelf import Shelf
 from .work import Made, Progress, make
 
 DRAG_GUIDANCE = 1.0
+QUICK_STEPS = 20  # On a processor more are a visitor's choice, not what he waits for at first.
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Menu:
         inverters: all of them, for that editor.
         editor: the chosen one.
         inverter: the chosen one.
-        steps: of the model, where nobody says.
+        steps: to begin with: the model's own, on a processor at most `QUICK_STEPS`.
         guidance: of the model, or of the editor, where nobody says.
     """
 
@@ -139,6 +140,8 @@ class Desk:
         dragging = takes_drags(get("edit", chosen))
         guidance = DRAG_GUIDANCE if dragging else loaded.default_guidance
         steps = loaded.default_steps
+        if loaded.device.type == "cpu":
+            steps = min(steps, QUICK_STEPS)
         return Menu(loaded, editors, inverters, chosen, other, steps, guidance)
 
     # --- Bringing a picture ---
@@ -185,8 +188,11 @@ class Desk:
     def _recipe(self, form: Form, drawn: dict[str, Any], room: Room, masked: bool) -> Recipe:
         assert room.picture is not None
         dragging = takes_drags(get("edit", form.editor))
-        options = drawn["options"]
-        given = {t: json.dumps(options.get(t, {})) for t in ("invert", "edit")}
+        options = {t: drawn["options"].get(t, {}) for t in ("invert", "edit")}
+        in_turn = False
+        if dragging and isinstance(options["edit"], dict):
+            in_turn = options["edit"].pop(menus.IN_TURN.name, "False") == "True"
+        given = {t: json.dumps(options[t]) for t in options}
         points = read_points(json.dumps(drawn["points"]), room.picture.size)
         source = form.source.strip()
         return Recipe(
@@ -203,6 +209,7 @@ class Desk:
             editor_options=menus.read_options("edit", form.editor, given["edit"]),
             mask=room.name.replace(".png", "-mask.png") if masked else None,
             drags=points if dragging else (),
+            in_turn=in_turn,
             device=self.shelf.device,
             dtype=self.shelf.dtype,
         )

@@ -75,6 +75,11 @@ class Field:
         return "" if self.default is None else str(self.default)
 
 
+IN_TURN = Field(
+    "in_turn", "switch", False, help="a round for each drag, starting from the last one's picture"
+)
+
+
 def editors(model: Model) -> list[Choice]:
     """Every editor, those that work first."""
     return _sorted(_choice(e, _lacking(e, model)) for e in entries("edit"))
@@ -133,6 +138,12 @@ def fields(task: str, name: str) -> list[Field]:
             field = _field(option.name, kinds, _default(option), said.get(option.name, ""))
             found += [field] if field is not None else []
     return found
+
+
+def form(task: str, name: str) -> list[Field]:
+    """All that a visitor may set beside a method: its options, and rounds where it takes drags."""
+    drags = any(f.name == "drags" for f in dataclasses.fields(get(task, name).options))
+    return fields(task, name) + [IN_TURN] * drags
 
 
 def _field(name: str, kinds: list[Any], default: Any, said: str) -> Field | None:

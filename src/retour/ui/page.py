@@ -329,7 +329,7 @@ def _facts(menu: Menu, which: str) -> str:
 
 
 def _options(task: str, name: str) -> str:
-    return markup.options(task, name, menus.fields(task, name))
+    return markup.options(task, name, menus.form(task, name))
 
 
 def _buttons(busy: bool) -> tuple[Any, Any]:

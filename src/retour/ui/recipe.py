@@ -39,6 +39,7 @@ class Recipe:
         editor_options: options of the editor that are not its defaults.
         mask: name of the file that holds the mask; None: no mask.
         drags: (x, y) of every handle and of its goal, in pixels of the picture.
+        in_turn: a round for each drag, each from the last one's picture.
         device: where to run; None: wherever the model goes by itself.
         dtype: type of the weights; None: the model's own choice.
     """
@@ -56,6 +57,7 @@ class Recipe:
     editor_options: Mapping[str, Any] = field(default_factory=dict)
     mask: str | None = None
     drags: tuple[tuple[int, int, int, int], ...] = ()
+    in_turn: bool = False
     device: str | None = None
     dtype: str | None = None
 
@@ -149,7 +151,7 @@ def _drag_lines(recipe: Recipe) -> list[str]:
     if recipe.inverter_options:
         given["inverter_options"] = dict(recipe.inverter_options)
     drag = _call(
-        "retour.drag", Name("model"), recipe.picture, drag_text(recipe.drags),
+        "retour.drag", Name("model"), recipe.picture, rounds(recipe),
         **given, **recipe.settings,
     )  # fmt: skip
     return [f"result = {drag}"]
@@ -171,6 +173,11 @@ def _call(function: str, *positional: Any, **named: Any) -> str:
     return "\n".join([f"{function}(", *(f"    {a}," for a in arguments), ")"])
 
 
+def rounds(recipe: Recipe) -> str | list[str]:
+    """The drags of a recipe as `retour.drag` takes them: all at once, or one after the other."""
+    return [drag_text((d,)) for d in recipe.drags] if recipe.in_turn else drag_text(recipe.drags)
+
+
 def drag_text(drags: tuple[tuple[int, int, int, int], ...]) -> str:
     """Drags as `retour.drag` reads them."""
     return "; ".join(f"{a},{b}>{c},{d}" for a, b, c, d in drags)
@@ -186,6 +193,7 @@ def to_cli(recipe: Recipe, out: str = "edited.png") -> str:
         parts.append(_option("source", recipe.source))
     for a, b, c, d in recipe.drags if recipe.dragging else ():
         parts.append(f"--from {a},{b} --to {c},{d}")
+    parts += ["--in-turn"] * (recipe.dragging and recipe.in_turn)
     if recipe.target.strip():
         parts.append(_option("prompt" if recipe.dragging else "target", recipe.target))
     parts.append(f"--inverter {recipe.inverter} --editor {recipe.editor}")

@@ -18,7 +18,7 @@ from ..core.watch import Watcher, watching
 from ..dragging import drag
 from ..errors import RetourError
 from ..io import fit, png_bytes, to_image
-from .recipe import Recipe, drag_text
+from .recipe import Recipe, rounds
 
 PREVIEWS = 12
 INVERSION_SHARE = 0.35
@@ -109,9 +109,10 @@ Tell = Callable[[Progress], None]
 class _Spy(Watcher):
     """Tells of every step, shows some, and stops where the token says so."""
 
-    def __init__(self, model: Model, token: Token, tell: Tell, previews: int, dragging: bool):
+    def __init__(self, model: Model, token: Token, tell: Tell, previews: int, recipe: Recipe):
         self.model, self.token, self.tell, self.previews = model, token, tell, previews
-        self.dragging = dragging
+        self.dragging = recipe.dragging
+        self.rounds, self.round = len(recipe.drags) if recipe.in_turn else 1, 0
         self.phase, self.calls, self.fraction = "invert", 0, 0.0
 
     def called(self) -> None:
@@ -121,11 +122,13 @@ class _Spy(Watcher):
     def stepped(self, event: Event) -> None:
         self.token.check()
         step = event.step
-        if self.dragging and step.down:
-            self.phase = "edit"
+        if self.dragging:
+            self.round += not step.down and step.index == 0
+            self.phase = "edit" if step.down else "invert"
         done = step.position + 1 if step.down else step.index + 1
         start, share = (0.0, INVERSION_SHARE) if self.phase == "invert" else (INVERSION_SHARE, 0.65)
-        self.fraction = max(self.fraction, start + share * done / step.count)
+        whole = max(0, self.round - 1) + start + share * done / step.count
+        self.fraction = max(self.fraction, min(1.0, whole / self.rounds))
         every = max(1, -(-step.count // self.previews)) if self.previews else 0
         wanted = every > 0 and (done % every == 0 or done == step.count)
         preview = self._preview(event) if wanted else None
@@ -168,7 +171,7 @@ def make(
         RetourError: for a recipe that cannot be made.
         Stopped: the token said so.
     """
-    spy = _Spy(model, Token() if token is None else token, tell, previews, recipe.dragging)
+    spy = _Spy(model, Token() if token is None else token, tell, previews, recipe)
     spy.token.check()
     with quiet(), watching(spy):
         if recipe.dragging:
@@ -201,7 +204,7 @@ def _dragged(
     recipe: Recipe, model: Model, picture: Image.Image, mask: Image.Image | None
 ) -> api.Result:
     return drag(
-        model, picture, drag_text(recipe.drags), prompt=recipe.source,
+        model, picture, rounds(recipe), prompt=recipe.source,
         target=recipe.target if recipe.target.strip() else None, mask=mask, editor=recipe.editor,
         inverter=recipe.inverter, steps=recipe.steps, guidance=recipe.guidance, seed=recipe.seed,
         inverter_options=dict(recipe.inverter_options), **recipe.settings,
