@@ -160,8 +160,9 @@ def connected(address: str) -> Iterator[None]:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise RetourError(
-            f"there is no Ray cluster at {address!r} ({reason}): start one, or leave the address "
-            "out to use this machine"
+            f"there is no Ray cluster at {address!r} ({reason}): start one, set "
+            "RAY_AUTH_MODE=token if it asks for a token, or leave the address out to use this "
+            "machine"
         ) from None
     try:
         yield

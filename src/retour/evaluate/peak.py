@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import math
 import re
 from pathlib import Path
@@ -14,20 +17,22 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Peak:
     """Peak memory of a block, in MiB above its start; NaN where it cannot be told.
 
-    On a GPU its allocated memory, elsewhere the process's resident memory (Linux alone tells).
+    On a GPU its allocated memory, elsewhere the process's resident memory (Linux alone tells). What
+    earlier work has freed is given back to the system first: the allocator keeps it otherwise, and
+    a block that lives on it would seem to need nothing.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.mib = device, math.nan
 
     def __enter__(self) -> Peak:
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self.begun = torch.cuda.memory_allocated(self.device) / 2**20
-        elif _resettable():
-            self.begun = _resident("VmRSS")
-        else:
-            self.begun = math.nan
+            return self
+        _give_back()
+        self.begun = _resident("VmRSS") if _resettable() else math.nan
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -35,6 +40,12 @@ class Peak:
             self.mib = torch.cuda.max_memory_allocated(self.device) / 2**20 - self.begun
         elif not math.isnan(self.begun):
             self.mib = _resident("VmHWM") - self.begun
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, where the C library can."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resettable() -> bool:

@@ -6,7 +6,8 @@ serves this machine's loop and a cluster's actors.
 Costs are per image. The first run of a task pays for the inversion that the others share: `nfe` and
 `seconds` are what this benchmark spent on a row, `nfe_full` and `seconds_full` what the row would
 have cost alone. An inversion that was in the cache before costs nobody anything; one that this task
-had made before it was killed does, so that figures do not tell how often a run was stopped.
+had made before it was killed does, so that figures do not tell how often a run was stopped. Peak
+memory is that of inversion and edit, as if the row had been alone.
 """
 
 from __future__ import annotations
@@ -138,13 +139,13 @@ class Worker:
 
     def _plain(self, task: Task, run: Run, cases: Sequence[Case]) -> Piece:
         """The rows that need no run."""
-        begun = time.perf_counter()
         if run.label == COPY:
             pictures = [case.image for case in cases]
             return self._piece(task, run, cases, pictures, pictures, Spent(), {})
         with Peak(self.model.device) as peak:
+            begun = time.perf_counter()
             images, originals = self._through_codec(cases)
-        seconds = (time.perf_counter() - begun) / len(cases)
+            seconds = (time.perf_counter() - begun) / len(cases)
         cost = Spent(seconds_edit=seconds, peak_mib=peak.mib)
         return self._piece(task, run, cases, images, originals, cost, {})
 
@@ -195,15 +196,14 @@ class Worker:
         if record.get("owner") != owner:
             return inversion, Spent()
         seconds = record["seconds"] / len(cases)
-        cost = Spent(record["nfe"], 0.0, seconds, 0.0, float(record["peak_mib"]))
-        return inversion, cost
+        return inversion, Spent(record["nfe"], 0.0, seconds)
 
     def _edit(
         self, task: Task, run: Run, cases: Sequence[Case], inversion: Inversion, paid: Spent
     ) -> Piece:
         masks = [mask_image(case, run) for case in cases] if run.masked else None
-        begun = time.perf_counter()
         with _naming(run.label, task), quiet(), Peak(self.model.device) as peak:
+            begun = time.perf_counter()
             result = api.edit(
                 inversion,
                 [case.target for case in cases],
@@ -211,12 +211,12 @@ class Worker:
                 mask=masks,
                 **run.editor_options,
             )
-        seconds = (time.perf_counter() - begun) / len(cases)
+            seconds = (time.perf_counter() - begun) / len(cases)
         cost = replace(
             paid,
             nfe_edit=result.record["nfe_edit"],
             seconds_edit=seconds,
-            peak_mib=_larger(paid.peak_mib, peak.mib),
+            peak_mib=_larger(float(inversion.record.get("peak_mib", math.nan)), peak.mib),
         )
         originals = [result.original_size(k) for k in range(len(cases))]
         return self._piece(task, run, cases, result.images, originals, cost, result.record)

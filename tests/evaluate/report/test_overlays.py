@@ -95,3 +95,15 @@ def test_a_plan_without_a_model_is_refused(tmp_path):
     bench = Bench.read(build(tmp_path, limit=1, plan={"model": None}))
     with pytest.raises(RetourError, match="names no model"):
         overlays.draw(bench, 1)
+
+
+def test_joint_attention_is_drawn_too(tmp_path):
+    """The words of a transformer whose text and image tokens attend in one."""
+    folder = build(tmp_path, limit=1, runs=["rf-solver+reprompt"], prompts=PROMPTS)
+    bench = Bench.read(folder)
+    assert overlays.draw(bench, 1, retour.load(tiny.sd3())) == 2
+    [item] = [edit.id for edit in bench.edits]
+    path = folder / f"attention/rf-solver+reprompt/{item}.png"
+    assert read_record(path)["words"] == ["green"]
+    plain = read_image(folder / f"images/rf-solver+reprompt/{item}.png")
+    assert read_image(path).size == plain.size and read_image(path).tobytes() != plain.tobytes()

@@ -29,7 +29,10 @@ COST_TITLES = {
     "seconds": ("Seconds spent", "seconds per image that this run spent"),
     "seconds_inversion": ("Seconds inversion", "seconds per image of the inversion"),
     "seconds_edit": ("Seconds edit", "seconds per image of the edit"),
-    "peak_mib": ("Peak MiB", "peak memory above the start of the work, of the GPU or the process"),
+    "peak_mib": (
+        "Peak MiB",
+        "peak memory of inversion and edit above the start, of the GPU or the process",
+    ),
 }
 SHOWN = (
     *("background_psnr", "background_lpips", "background_perceptual", "structure_distance"),
