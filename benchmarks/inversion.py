@@ -102,8 +102,8 @@ def run(
     model: Model, items: Sequence[Item], name: str, guidance: float, steps: int | None, bare: float
 ) -> list[Measure]:
     """One method on one batch."""
-    begun = time.perf_counter()
     with Peak(model.device) as peak:
+        begun = time.perf_counter()
         inversion = api.invert(
             model,
             [item.image for item in items],
@@ -113,7 +113,7 @@ def run(
             guidance=guidance,
         )
         back = api.reconstruct(inversion)
-    seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
     up, down = inversion.record["nfe"], back.record["nfe"]
     nfe = up + down
     error = (back.latents - inversion.latents).flatten(1).norm(dim=1)
