@@ -177,6 +177,31 @@ def test_a_step_with_the_gradient_goes_down_the_energy(family, inv, preset):
     assert float(energy(x + shift)) < float(before)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_run_goes_down_the_energy(family, inv, preset):
+    """What the editor changes of a whole step, in the sampler's own hands."""
+    energy, step = energy_at(family, inv, preset)
+    x = inv.states["x"][step.index + 1] + 0.5 * noise(1, seed=5)
+    before, slope = descent(energy, x)
+    den = denoiser(family, TARGET)
+    job = EditJob(model(family), inv, den.layout, TARGET, inv.grid)
+    scales = {"self_scale": 1e6, "feature_scale": 1e3, "until": 1.0}
+    control = guide(preset=preset, low=0.05, high=0.05, **scales).control(job)
+    plain = SOLVER.step(den, State(x), step, den.model.path).x
+    den.guidance = control.guidance(step, den.guidance)
+    asked = control.denoiser(step, den, den.layout)
+    moved = SOLVER.step(asked, State(x), step, den.model.path).x - plain
+    cosine = float((moved * slope).sum() / (moved.norm() * slope.norm()))
+    assert cosine == pytest.approx(-1, abs=1e-9)
+    assert float(energy(x + moved)) < float(before)
+
+
+def test_an_energy_of_nothing_does_not_pull(family, inv, plain):
+    """Scaled, it is below 1e-8, where published code leaves the guidance alone, at any ratio."""
+    editor = guide(self_scale=1e-12, feature_scale=1e-12, low=1.5, high=1.5)
+    assert torch.equal(edit(family, editor, inv, TARGET)["target"], plain)
+
+
 def test_slopes_and_pushes_of_zero():
     push, none = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
     slope = 3 * push

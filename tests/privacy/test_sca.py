@@ -76,6 +76,23 @@ def test_steps_are_those_of_the_published_loop():
         x = x_T + (x + 0.03 * torch.sign(g) - x_T).clamp(-0.07, 0.07)
 
 
+def test_each_image_s_gradients_weigh_alike_by_their_absolute_sum(monkeypatch):
+    """(.6, 0) + (-.5, .5) keeps its sign; by its Euclidean norm the second one would win.
+
+    The second image's gradients are a million times larger and say the same.
+    """
+    slopes = torch.tensor([[1.0, 0.0], [-3.0, 3.0], [0.0, 0.0]], dtype=torch.float64)
+    slopes = slopes[:, None] * torch.tensor([1.0, 1e6], dtype=torch.float64)[:, None]
+    job, given = _Scripted([-1] * 3), iter(slopes.reshape(3, 2, 1, 1, 2))
+    job.start = torch.zeros(2, 1, 1, 2, dtype=torch.float64)
+    attack = sca(iterations=2, momentum=0.6, step_size=0.1, radius=1.0)
+    monkeypatch.setattr(attack, "_judge", lambda *_: (-torch.ones(2).double(), next(given)))
+    attack.attack(job)
+    wanted = [[[0.0, 0.0]], [[0.1, 0.0]], [[0.2, 0.1]]]
+    for x, place in zip(job.asked, wanted, strict=True):
+        torch.testing.assert_close(x, torch.tensor([[place]] * 2, dtype=torch.float64))
+
+
 def test_radius_zero_errs_only_where_the_reconstruction_does():
     images = [cases.square(green=g, seed=k) for k, g in enumerate((0.3, 0.5, 0.7, 0.9))]
     job = cases.job(images)
