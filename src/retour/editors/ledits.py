@@ -83,7 +83,7 @@ class LEditsOptions:
 
     Attributes:
         scale: guidance of the concepts, one for all (5) or one each ("5,3"); None takes that of the
-            edit.
+            edit, so that an edit's guidance means the same as with other editors (published: 5).
         threshold: quantile of places that a concept leaves alone, in [0, 1), one or one each; None:
             0.9 for concepts, 0.5 for a whole prompt.
         masks: which masks confine a concept; `auto`: both, for a whole prompt the prediction's.

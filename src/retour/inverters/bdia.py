@@ -11,7 +11,10 @@ paper's demonstration edits with 0.94 over 40 steps; by default gamma is chosen 
 :math:`\gamma^N` is the same for every number N of steps walked. An inversion whose noise comes out
 much wider than noised data should be is warned of.
 
-The paper edits in 50 steps at strength 0.8 and guidance 3.
+The paper edits in 50 steps at strength 0.8 and guidance 3, less than half of what its model is
+sampled with. Guidance acts both ways here, and a large one oversaturates: on `emoji-unet`, with
+`p2p` and 10 steps, guidance 2 in place of its usual 3 keeps the background 3.8 dB nearer and lets 7
+in 100 edits less succeed (56 edits, 95 % interval 0 to 16).
 
 Where we deviate: the paper samples the VAE posterior, we take its mode.
 

@@ -5,8 +5,11 @@ every step can be undone algebraically; a mixing with :math:`p` keeps the pair t
 :mod:`retour.solvers.edict` for the step). Inverting at the guidance of the way back makes
 reconstruction exact up to rounding; editing swaps the prompt.
 
-The paper edits in 50 steps at strength 0.8 and guidance 3, with p = 0.93; p from about 0.9 to 0.97
-works there. Larger ones drift apart on the way back, smaller ones magnify more on the way up.
+The paper edits in 50 steps at strength 0.8 and guidance 3, less than half of what its model is
+sampled with, with p = 0.93; p from about 0.9 to 0.97 works there. Larger ones drift apart on the
+way back, smaller ones magnify more on the way up. Guidance acts both ways here, and a large one
+oversaturates: on `emoji-unet`, with `p2p` and 10 steps, guidance 2 in place of its usual 3 keeps
+the background 2.8 dB nearer at the same success (56 edits).
 
 Where we deviate: the paper samples the VAE posterior, we take its mode; state is float64 as in the
 paper, but the network may run in any precision, since the same evaluations recur in both
