@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import secrets
+import shutil
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +109,54 @@ def test_a_killed_worker_changes_nothing(ray, folder, tmp_path):
     assert benches.facts(out) == benches.facts(local.folder)
     assert benches.pictures(out) == benches.pictures(local.folder)
     assert there.plan["runs"] == local.plan["runs"]
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """A cluster of another process, as `ray start --head` makes one; it asks for a token."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(Path(retour.__file__).parents[1]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = tempfile.mkdtemp(prefix="ray")  # The names of its sockets must be short.
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+    command += [f"--port={port}", "--num-cpus=2", "--num-gpus=0", "--include-dashboard=false"]
+    command += [f"--temp-dir={place}", f"--object-store-memory={128 * 2**20}"]
+    with Path(place, "said").open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+    try:
+        until = time.monotonic() + 60
+        while "Ray runtime started" not in Path(place, "said").read_text():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}", Path(place)
+    finally:
+        process.terminate()
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.slow  # Two Rays start one after the other: 20 seconds.
+def test_a_cluster_at_an_address_does_the_same(head, folder, tmp_path):
+    address, place = head
+    out = tmp_path / "there"
+    command = [sys.executable, "-m", "retour", "bench", "--model", folder, "-o", str(out)]
+    command += ["--inverters", "ddim", "--editors", "reprompt", "--limit", "2", "--steps", "2"]
+    command += ["--batch", "1", "--metrics", "background_psnr", "--threads", "1"]
+    done = subprocess.run([*command, "--cluster", address, "--workers", "2"], timeout=120)
+    assert done.returncode == 0
+    assert list(place.glob("session_2*/logs/worker-*.out"))
+    given = {"inverters": "ddim", "editors": "reprompt", "limit": 2, "steps": 2, "batch": 1}
+    local = bench(tmp_path / "here", model=folder, metrics="background_psnr", threads=1, **given)
+    assert benches.facts(out) == benches.facts(local.folder)
+    assert benches.pictures(out) == benches.pictures(local.folder)
 
 
 # --- What the crew does about its workers, without any --------------------------------------------
