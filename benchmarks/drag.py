@@ -1,7 +1,7 @@
 """Did what was dragged arrive? LazyDrag against editing without a correspondence.
 
     python benchmarks/drag.py [--model emoji-mmdit] [--pairs 24] [--sprites DIR] [--batch 8]
-                              [--steps N] [--guidance 1] [-E KEY=VALUE] [--out DIR]
+                              [--steps N] [--guidance 1] [-E KEY=VALUE] [--figure FILE] [--out DIR]
 
 Objects of the paired set's position pairs shall be moved, and, with `--sprites` (a folder made by
 `python -m retour.data.sprites`), as many further ones shall grow or shrink where they stand. The
@@ -10,8 +10,13 @@ true picture is known to the pixel, and so is where every point of the object be
 - `copy-input`: nothing is done; mean distance is the whole way;
 - `prompt`: no correspondence: the same inversion, re-prompted with where (or how large) the object
   shall be, in words; this is the baseline;
+- `paste`: the map applied to the clean latents and the last step sampled: nothing is drawn anew,
+  which even grounds and whole objects do not need;
 - `noise moved`: LazyDrag's map moves the inverted noise and nothing else is controlled;
-- `lazydrag`: the map moves the noise and drives attention, with the source prompt as it was;
+- `tokens`: LazyDrag with a map between tokens, as the paper has it, from noise;
+- `from noise`: the same, read at its new place cell by cell;
+- `start moved`: from a strength of 0.7 instead, and nothing else is controlled;
+- `lazydrag`: the defaults: that start and attention, with the source prompt as it was;
 - `lazydrag, prompt`: the same with the target's words;
 - `vae ceiling`: the true picture through the autoencoder.
 
@@ -25,7 +30,8 @@ Measures, each a mean over pictures with a 95 % interval:
 - fidelity: 1 - half of the perceptual distance to the source, between 0 and 1 (DragBench's IF with
   the embedded classifier's features; no edit has the best one); and the same to the true picture.
 
-Writes `drag.csv`, `drag.json` and `drag.png`. About five minutes at one thread.
+Writes `drag.csv`, `drag.json` and `drag.png`, and with `--figure` a small sheet of the first cases:
+before, after, true. About ten minutes at one thread.
 """
 
 from __future__ import annotations
@@ -55,10 +61,11 @@ from retour.evaluate.suite import Suite
 from retour.io import atomic_write, plain, save_image, save_json, to_image, to_tensor
 from retour.record import versions
 
-POINTS, SHOWN, CELL, LABEL = 5, 6, 112, 16
+POINTS, SHOWN, FIGURE, CELL, LABEL = 5, 6, 4, 112, 16
 SCALES = ((0.4, 0.65), (0.7, 0.45))
 CONCEPTS = "cat apple car star rose penguin house fish balloon strawberry rocket tulip".split()
 BASELINE, OURS, COPY, CEILING = "prompt", "lazydrag", "copy-input", "vae ceiling"
+PARTS = ("noise moved", "tokens", "from noise", "start moved")
 METRICS = {
     "md_patches": ("MD, patches", 2),
     "md_network": ("MD, network", 2),
@@ -223,7 +230,11 @@ def edited(model: Model, cases: Sequence[Case], given: argparse.Namespace) -> di
     return {
         COPY: ([c.before for c in cases], 0),
         BASELINE: run(told, "reprompt", guidance=given.words),
-        "noise moved": run(same, OURS, **drags, **LATENTS_ONLY),
+        "paste": run(same, OURS, **drags, **LATENTS_ONLY, strength=0.0),
+        "noise moved": run(same, OURS, **drags, **LATENTS_ONLY, strength=1.0),
+        "tokens": run(same, OURS, **drags, reading="tokens", strength=1.0),
+        "from noise": run(same, OURS, **drags, strength=1.0),
+        "start moved": run(same, OURS, **drags, **LATENTS_ONLY),
         OURS: run(same, OURS, **drags, **chosen),
         f"{OURS}, prompt": run(told, OURS, **drags, **chosen),
         CEILING: (ceiling, 0),
@@ -290,17 +301,67 @@ def table(measures: Sequence[Measure]) -> str:
 
 
 def comparison(measures: Sequence[Measure]) -> list[str]:
-    """LazyDrag against the baseline, case by case."""
+    """LazyDrag against the baseline and its own parts, case by case."""
     lines = []
     for kind in dict.fromkeys(m.kind for m in measures):
         for metric, (title, digits) in METRICS.items():
-            ours, theirs = (finite(values(measures, kind, m, metric)) for m in (OURS, BASELINE))
-            gap = paired_difference(ours, theirs)
-            lines.append(
-                f"{kind}, {title}: {OURS} - {BASELINE} = {gap.mean:+.{digits}f} "
-                f"[{gap.low:+.{digits}f}, {gap.high:+.{digits}f}]"
-            )
+            for other in (BASELINE, *PARTS):
+                ours, theirs = (finite(values(measures, kind, m, metric)) for m in (OURS, other))
+                gap = paired_difference(ours, theirs)
+                lines.append(
+                    f"{kind}, {title}: {OURS} - {other} = {gap.mean:+.{digits}f} "
+                    f"[{gap.low:+.{digits}f}, {gap.high:+.{digits}f}]"
+                )
     return lines
+
+
+def arrows(case: Case) -> list[tuple[float, float, float, float]]:
+    """What to do, in pixels: the handle's way, or those of the object's corners where it scales."""
+    (x0, y0), (x1, y1), (across, down) = case.drag.start, case.drag.end, case.drag.scale
+    if case.kind == "move":
+        return [(x0, y0, x1, y1)]
+    places = np.argwhere(case.area)
+    (top, left), (bottom, right) = places.min(0), places.max(0)
+    corners = [(float(x), float(y)) for x in (left, right) for y in (top, bottom)]
+    return [(x, y, x1 + across * (x - x0), y1 + down * (y - y0)) for x, y in corners]
+
+
+def with_arrows(case: Case, side: int) -> Image.Image:
+    """The picture before, enlarged, with what is to be done."""
+    page = case.before.resize((side, side), Image.Resampling.LANCZOS)
+    draw, factor = ImageDraw.Draw(page), side / case.before.width
+    for way in arrows(case):
+        x0, y0, x1, y1 = (factor * (v + 0.5) for v in way)
+        length = max(1e-9, float(np.hypot(x1 - x0, y1 - y0)))
+        u, v = (x1 - x0) / length, (y1 - y0) / length
+        tips = [(x1 - 8 * u + s * 5 * v, y1 - 8 * v - s * 5 * u) for s in (-1, 1)]
+        for colour, width in (("white", 5), ("black", 2)):
+            draw.line((x0, y0, x1 - 4 * u, y1 - 4 * v), colour, width)
+        draw.polygon([(x1, y1), *tips], "black", "white")
+    return page
+
+
+def figure(shown: Sequence[tuple[Case, Mapping[str, Image.Image]]], blocks: int = 2) -> Image.Image:
+    """Before with arrows, after by LazyDrag, and true: `blocks` cases side by side."""
+    side, gap = 128, 6
+    rows = -(-len(shown) // blocks)
+    width, height = blocks * (3 * (side + 2) + gap) - gap, LABEL + rows * (side + 2)
+    page = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    for number, (case, made) in enumerate(shown):
+        left = number % blocks * (3 * (side + 2) + gap)
+        top = LABEL + number // blocks * (side + 2)
+        names = ("before, and what to do", "LazyDrag", "true")
+        for k, picture in enumerate((None, made[OURS], case.after)):
+            large = (
+                with_arrows(case, side)
+                if picture is None
+                else picture.resize((side, side), Image.Resampling.LANCZOS)
+            )
+            page.paste(large, (left + k * (side + 2), top))
+            if number < blocks:
+                draw.text((left + k * (side + 2), 1), names[k], "black", font)
+    return page.quantize(256, dither=Image.Dither.NONE)
 
 
 def sheet(shown: Sequence[tuple[Case, Mapping[str, Image.Image]]]) -> Image.Image:
@@ -315,12 +376,7 @@ def sheet(shown: Sequence[tuple[Case, Mapping[str, Image.Image]]]) -> Image.Imag
         pictures: dict[str, Image.Image] = {**made, "source": case.before, "true": case.after}
         for x, name in enumerate(columns):
             large = pictures[name].resize((CELL, CELL), Image.Resampling.LANCZOS)
-            page.paste(large, (x * step, LABEL + y * step))
-        factor, top = CELL / case.before.width, LABEL + y * step
-        ends = [tuple(factor * (v + 0.5) for v in p) for p in (case.drag.start, case.drag.end)]
-        (x0, y0), (x1, y1) = ends
-        draw.line((x0, y0 + top, x1, y1 + top), "red", 2)
-        draw.ellipse((x1 - 4, y1 + top - 4, x1 + 4, y1 + top + 4), outline="red", width=2)
+            page.paste(with_arrows(case, CELL) if x == 0 else large, (x * step, LABEL + y * step))
     return page
 
 
@@ -337,6 +393,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=1.0, help="of LazyDrag")
     parser.add_argument("--words", type=float, help="guidance of the baseline; the model's own")
     parser.add_argument("-E", dest="options", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--figure", type=Path, help="also a small sheet of the first cases")
     parser.add_argument("--out", type=Path, default=Path("runs/drag"))
     return parser.parse_args()
 
@@ -379,6 +436,9 @@ def main() -> None:
         writer.writerows(asdict(m) for m in measures)
     kinds = [[s for s in shown if s[0].kind == kind][:SHOWN] for kind in ("move", "scale")]
     save_image(sheet([*kinds[0], *kinds[1]]), given.out / "drag.png")
+    if given.figure is not None:
+        chosen = [kind[:FIGURE] for kind in kinds if kind]
+        save_image(figure([c for pair in zip(*chosen, strict=True) for c in pair]), given.figure)
     report = {
         "model": model.name,
         "fingerprint": model.fingerprint,

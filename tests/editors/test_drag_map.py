@@ -6,12 +6,15 @@ import math
 import pytest
 import torch
 
+from retour.editors._drag_carry import between
 from retour.editors._drag_map import (
     Drag,
     Pull,
+    coarser,
     displacements,
     drag_map,
     elasticity,
+    finer,
     from_neighbours,
     from_tokens,
     parse_drags,
@@ -191,6 +194,73 @@ def test_the_transition_is_a_band():
             (found.transition | found.destination).reshape(16, 16),
             rectangle(6 - band, 6 - band, 10 + band, 10 + band),
         )
+
+
+@pytest.mark.parametrize(
+    ("shift", "scale"), [((2.3, -1.6), (1, 1)), ((0, 0), (2, 1.5)), ((0.2, 1), (0.5, 0.75))]
+)
+def test_origins_undo_the_rounding(shift, scale):
+    """What stands at a place came from s + (x - e) / r, for every destination."""
+    pull = Pull((7.5, 7.5), shift, scale)
+    found = drag_map(rectangle(5, 5, 11, 11), [pull], "move")
+    here = torch.cartesian_prod(*(torch.arange(16.0),) * 2).double()
+    handle, way, ratio = (torch.tensor(v, dtype=torch.float64) for v in (pull.handle, shift, scale))
+    wanted = handle + (here - handle - way) / ratio
+    at = found.destination
+    torch.testing.assert_close(found.origin[at], wanted[at], rtol=0, atol=1e-9)
+    assert torch.equal(found.origin[~at], here[~at])
+    nearest = torch.stack([found.source // 16, found.source % 16], 1).double()
+    reach = (0.5 / ratio.clamp(max=1)) + 1e-9
+    assert bool(((found.origin - nearest).abs() <= reach).all())
+
+
+def test_what_piles_up_on_the_border_comes_from_its_winner():
+    found = drag_map(rectangle(0, 8, 16, 16), [Pull((8, 10), (0, 9))], "move")
+    gap = found.origin - torch.stack([found.source // 16, found.source % 16], 1)
+    assert float(gap.abs().max()) <= 0.5
+
+
+def test_an_elastic_drag_has_origins_within_half_a_place_of_its_winners():
+    found = drag_map(rectangle(2, 2, 14, 14), [Pull((8, 8), (2.4, 0)), Pull((5, 4), (0, -1.3))])
+    gap = found.origin - torch.stack([found.source // 16, found.source % 16], 1)
+    assert 0 < float(gap.abs().max()) <= 0.5 + 1e-9
+
+
+def test_finer_maps_say_the_same_of_every_cell():
+    tokens = drag_map(rectangle(1, 2, 5, 6, (8, 10)), [Pull((2, 3), (2, -1))], "move")
+    cells = finer(tokens, 2)
+    z = torch.randn(3, 16, 20)
+    moved = to_tokens(z, 1)[cells.source]
+    wanted = to_tokens(z, 2)[tokens.source]
+    assert torch.equal(from_tokens(moved, 1, (16, 20)), from_tokens(wanted, 2, (8, 10)))
+    grown = tokens.vacated.reshape(8, 10).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(cells.vacated.reshape(16, 20), grown)
+
+
+def test_coarser_maps_keep_regions_and_weights():
+    """Everything stands where it belongs: each token reads itself."""
+    cells = drag_map(rectangle(4, 4, 8, 8), [Pull((5.5, 5.5), (0, 5))], "move")
+    tokens = coarser(cells, 2)
+    assert tokens.size == (8, 8) and torch.equal(tokens.source, torch.arange(64))
+    assert torch.equal(tokens.destination.reshape(8, 8), rectangle(2, 4, 4, 7, (8, 8)))
+    assert torch.equal(tokens.vacated.reshape(8, 8), rectangle(2, 2, 4, 4, (8, 8)))
+    regions = [tokens.destination, tokens.vacated, tokens.transition, tokens.background]
+    assert bool((torch.stack(regions).sum(0) == 1).all())
+    # Distances count in tokens of two cells; cells on which nothing landed weigh nothing.
+    weight = tokens.weight.reshape(8, 8)
+    assert float(weight[2, 5]) == 1
+    assert float(weight[2, 4]) == pytest.approx((1 + 2 / math.hypot(1.5, 1.5)) / 4)
+
+
+def test_reading_between_cells_is_bilinear():
+    row, column = torch.cartesian_prod(torch.arange(5.0), torch.arange(6.0)).double().unbind(1)
+    plane = torch.stack([2 * row - column + 1, row * column], 1)
+    places = torch.tensor([[1.25, 2.5], [0.0, 5.0], [3.9, 4.1]]).double()
+    r, c = places.unbind(1)
+    wanted = torch.stack([2 * r - c + 1, r * c], 1)
+    torch.testing.assert_close(between(plane, places, (5, 6)), wanted)
+    beyond = between(plane, torch.tensor([[-3.0, 9.0]]).double(), (5, 6))
+    torch.testing.assert_close(beyond, plane[[5]])
 
 
 def test_an_empty_mask_is_refused():

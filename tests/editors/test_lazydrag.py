@@ -35,7 +35,8 @@ def still(background):
     """A map where nothing moves and `background` (N,) is background; the rest is transition."""
     none = torch.zeros(16, dtype=torch.bool)
     stay, weight = torch.arange(16), torch.zeros(16).double()
-    return DragMap(SIZE, stay, weight, none, none, ~background, background, none)
+    here = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).double()
+    return DragMap(SIZE, stay, weight, none, none, ~background, background, none, here)
 
 
 def joint(family):
@@ -260,12 +261,14 @@ def invert(family="sd3", images=None, **options):
 
 
 def edit(inv, target="a red apple", **options):
-    return retour.edit(inv, target, editor="lazydrag", **options)
+    """From noise, unless told otherwise."""
+    return retour.edit(inv, target, editor="lazydrag", **{"strength": 1.0, **options})
 
 
 def start_of(inv, **options):
     """State that the run begins with, and the maps."""
-    editor = LazyDrag(LazyDragOptions(**{k: v for k, v in options.items() if k != "mask"}))
+    given = {"strength": 1.0, **{k: v for k, v in options.items() if k != "mask"}}
+    editor = LazyDrag(LazyDragOptions(**given))
     area = retour.api._mask(options.get("mask"), inv)
     den = retour.api._edit_denoiser(inv.model, inv, {"target": inv.prompts}, 1.0, True, None)
     job = EditJob(inv.model, inv, den.layout, {"target": inv.prompts}, inv.grid, area)
@@ -301,20 +304,21 @@ def test_fresh_noise_is_seeded_and_shared_by_the_batch():
     assert torch.equal(first[0, :, 2:6, 0:4], first[1, :, 2:6, 0:4])
 
 
-@pytest.mark.parametrize(("mode", "usual"), [("drag", "noise"), ("move", "neighbours")])
+@pytest.mark.parametrize(("mode", "usual"), [("drag", "noise"), ("move", "around")])
 def test_what_fills_depends_on_what_moves(mode, usual):
     inv = invert()
-    given = {"mask": mask(0, 0, 16, 16), "drags": "2,6>14,6", "mode": mode}
-    default, noise, near = (
-        start_of(inv, **given, fill=f)[0] for f in (None, "noise", "neighbours")
-    )
-    assert torch.equal(default, {"noise": noise, "neighbours": near}[usual])
-    assert not torch.equal(noise, near)
+    given = {"mask": mask(0, 0, 12, 16), "drags": "2,6>14,6", "mode": mode}
+    names = ("noise", "around", "neighbours")
+    default, *others = (start_of(inv, **given, fill=f)[0] for f in (None, *names))
+    assert torch.equal(default, others[names.index(usual)])
+    for k, one in enumerate(others):
+        assert not any(torch.equal(one, other) for other in others[:k])
 
 
 def test_gaps_of_a_magnified_object_are_fresh_or_copies():
     inv = invert()
     given = {"mask": mask(4, 4, 12, 12), "drags": "7.5,7.5>7.5,7.5*2", "mode": "move"}
+    given["reading"] = "tokens"
     fresh, [m] = start_of(inv, **given)
     copies, _ = start_of(inv, **given, gaps="copy")
     inside = m.gap.reshape(m.size).repeat_interleave(2, 0).repeat_interleave(2, 1)
@@ -329,11 +333,27 @@ def test_neighbours_fill_instead_of_noise():
     found, _ = start_of(inv, **given, fill="neighbours")
     again, _ = start_of(inv, **given, fill="neighbours", seed=1)
     assert torch.equal(found, again)
-    # A token of the first column: the moved object two columns on counts half of what is above.
-    above, right = inv.noise[0, :, 0, 0], found[0, :, 2, 4]
+    # A cell of the first column: what is four cells below, and the moved object four to the right,
+    # count a quarter of what is next to it above.
+    above, right = inv.noise[0, :, 1, 0], found[0, :, 2, 4]
     below = inv.noise[0, :, 6, 0]
-    wanted = (above + below / 2 + right / 2) / 2
+    wanted = (above + below / 4 + right / 4) / 1.5
     torch.testing.assert_close(found[0, :, 2, 0], wanted)
+
+
+def test_what_is_around_fills_with_the_pictures_own_noise():
+    inv = invert()
+    given = {"mask": mask(4, 0, 12, 8), "drags": "4,8>12,8", "mode": "move"}
+    found, [m] = start_of(inv, **given, fill="around")
+    cells = found[0].flatten(1).T
+    own = inv.noise[0].flatten(1).T
+    touched = (m.vacated | m.destination).reshape(4, 4)
+    touched = touched.repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
+    gone = m.vacated.reshape(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
+    equal = (cells[gone][:, None] == own[None]).all(-1)
+    assert equal.any(1).all() and not (equal & touched[None]).any()
+    other, _ = start_of(inv, **given, fill="around", seed=1)
+    assert not torch.equal(found, other)
 
 
 def test_partial_strength_fills_from_the_picture_around():
@@ -429,11 +449,146 @@ def test_points_are_pixels_of_the_users_picture():
     large = picture(size=(16, 16)).resize((64, 32), 0)
     area = np.zeros((32, 64))
     area[:, :32] = 1
-    found, [m] = start_of(invert(images=large), drags="13,14>45,14", mode="move", mask=area)
+    given = {"drags": "13,14>45,14", "mode": "move", "mask": area, "reading": "tokens"}
+    found, [m] = start_of(invert(images=large), **given)
     assert m.size == (3, 6) and found.shape[-2:] == (6, 12)
     whole = torch.arange(18).reshape(3, 6)
     assert torch.equal(m.source.reshape(3, 6)[:, 3:], whole[:, :3])
     assert torch.equal(m.vacated.reshape(3, 6)[:, :3], torch.ones(3, 3, dtype=torch.bool))
+
+
+# --- What moved, read at its new place ------------------------------------------------------------
+
+
+class Reads(AttentionControl):
+    """The image tokens' values of the source row, call by call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def wants(self, site):
+        return site.kind == "joint" and site.depth == 0
+
+    def qkv(self, call, q, k, v):
+        row = next(n for n, r in enumerate(call.rows) if r.branch == "source")
+        self.calls.append(v[row][:, call.image])
+        return q, k, v
+
+
+def job_of(inv, area, **options):
+    editor = LazyDrag(LazyDragOptions(**{"strength": 1.0, **options}))
+    den = retour.api._edit_denoiser(inv.model, inv, {"target": inv.prompts}, 1.0, True, None)
+    area = retour.api._mask(area, inv)
+    return editor, EditJob(inv.model, inv, den.layout, {"target": inv.prompts}, inv.grid, area), den
+
+
+def test_keys_that_carry_no_rotation_are_read_where_they_stand_afterwards():
+    """The default follows the model: FLUX moves keys, SD3 moves what is read."""
+    for family, wanted in (("sd3", True), ("flux", False)):
+        assert LazyDrag()._carries(model(family)) is wanted
+    for reading, wanted in (("tokens", False), ("carried", True)):
+        for family in FAMILIES:
+            assert LazyDrag(LazyDragOptions(reading=reading))._carries(model(family)) is wanted
+    # The paper starts from noise, and so does what follows it; 0.7 of ten steps are seven.
+    for family, wanted in (("sd3", 14), ("flux", 20)):
+        found = retour.edit(invert(family, steps=10), "a red apple", editor="lazydrag")
+        assert found.record["nfe_edit"] == wanted
+
+
+@pytest.mark.parametrize("right", [2, 6, -2])
+def test_moves_by_half_a_token_are_made(right):
+    """Two pixels are one latent cell, half a token: the tokens' map stands still or jumps."""
+    inv = invert()
+    x = 6 if right > 0 else 10
+    given = {"drags": f"{x},8>{x + right},8", "mode": "move"}
+    area, cells = mask(4, x - 4, 12, x + 2), right // 2
+    low, high = (x - 4) // 2, (x + 2) // 2
+    found, _ = start_of(inv, mask=area, **given)
+    z = inv.noise[0]
+    assert torch.equal(found[0, :, 2:6, low + cells : high + cells], z[:, 2:6, low:high])
+    jumped, _ = start_of(inv, mask=area, **given, reading="tokens")
+    assert not torch.equal(jumped, found)
+
+
+def test_the_branch_that_is_read_carries_everything_at_every_level():
+    """Bit for bit where whole cells moved; the picture's own around it; the clean end too."""
+    inv = invert()
+    area = mask(4, 0, 12, 8)
+    editor, job, den = job_of(inv, area, drags="4,8>12,8", mode="move")
+    track = editor._moved(job, inv.states["x"], inv.grid.times)
+    own = inv.states["x"]
+    torch.testing.assert_close(track[..., 2:6, 4:8], own[..., 2:6, 0:4], rtol=0, atol=1e-12)
+    for outside in ((slice(0, 2), slice(None)), (slice(6, 8), slice(None))):
+        torch.testing.assert_close(track[(..., *outside)], own[(..., *outside)], rtol=0, atol=1e-12)
+    around = track[0][..., 2:6, 0:4]
+    above, below = own[0][..., 1:2, 0:4], own[0][..., 6:7, 0:4]
+    share = torch.tensor([0.8, 0.6, 0.4, 0.2]).double()[:, None]  # 1/d over the sum of both
+    torch.testing.assert_close(around, share * above + (1 - share) * below)
+    start = editor.prepare(job, den, get("invert", inv.method).make(**inv.options).replay(inv))
+    assert torch.equal(start.state.x[den.layout["target"]], track[-1])
+    assert torch.equal(start.state.x[den.layout["source"]], track[-1])
+
+
+def test_attention_reads_the_object_at_its_new_place():
+    """In every step the source row's tokens are those of the carried states."""
+    inv = invert()
+    given = {"drags": "4,8>12,8", "mode": "move"}
+    area, seen = mask(4, 0, 12, 8), {}
+    for reading in ("tokens", "carried"):
+        editor, job, den = job_of(inv, area, reading=reading, **given)
+        spy = Reads()
+        replay = get("invert", inv.method).make(**inv.options).replay(inv)
+        start = editor.prepare(job, den, replay)
+        controls = [Hooked(spy), editor.control(job)]
+        end = walk(replay.solver, den, start.state, inv.grid, down=True, controls=controls).x
+        assert torch.equal(end[den.layout["source"]], inv.latents)
+        seen[reading] = spy.calls
+    first = Reads()
+    editor, job, den = job_of(inv, area, **given)
+    track = editor._moved(job, inv.states["x"], inv.grid.times)
+    moved = Inversion(**{**vars(inv), "states": {"x": track}})
+    alone = Denoiser(inv.model, [Branch("source", inv.condition)])
+    on = OnTrack(moved, watching=[first])
+    walk(SOLVER, alone, State(track[-1]), inv.grid, down=True, controls=[on])
+    for k, wanted in enumerate(first.calls):
+        torch.testing.assert_close(seen["carried"][k], wanted, rtol=0, atol=1e-9)
+        assert (seen["tokens"][k] - wanted).abs().max() > 1e-3
+
+
+def test_a_scaled_object_is_read_between_cells_and_its_noise_stays_noise():
+    inv = invert(strength=0.5)
+    editor, job, _ = job_of(inv, mask(4, 4, 12, 12), drags="7.5,7.5>7.5,7.5*2", mode="move")
+    clean = editor._moved(job, inv.states["x"][:1], inv.grid.times[:1])[0, 0]
+    # The handle is at 3.5 cells, so cell 3 is read at 3.5 - 0.5 / 2.
+    own = inv.latents[0]
+    rows = 0.75 * own[:, 3] + 0.25 * own[:, 4]
+    torch.testing.assert_close(clean[:, 3, 3], 0.75 * rows[:, 3] + 0.25 * rows[:, 4])
+    [m] = editor.cells(job)
+    assert bool(m.destination.all()) and int(m.gap.sum()) == 48
+    stds = []
+    for seed in range(30):
+        editor, job, _ = job_of(
+            inv, mask(4, 4, 12, 12), drags="7.5,7.5>7.5,7.5*2", mode="move", seed=seed
+        )
+        last = editor._moved(job, inv.states["x"][-1:], inv.grid.times[-1:])[0, 0]
+        stds.append(last.flatten(1)[:, m.gap])
+    sigma = float(inv.model.path.sigma(inv.grid.times[-1]))
+    assert float(torch.stack(stds).std(0).mean()) == pytest.approx(sigma, rel=0.1)
+
+
+@pytest.mark.parametrize("reading", ["tokens", "carried"])
+def test_a_part_of_the_way_starts_from_that_state(reading):
+    """Half as many steps, from the picture moved at that level."""
+    inv = invert()
+    given = {"drags": "4,8>12,8", "mode": "move", "strength": 0.5, "reading": reading}
+    found, _ = start_of(inv, mask=mask(4, 0, 12, 8), **given)
+    z = inv.states["x"][2, 0]
+    torch.testing.assert_close(found[0, :, 2:6, 4:8], z[:, 2:6, 0:4], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[0, :, :2], z[:, :2], rtol=0, atol=1e-12)
+    result = edit(inv, mask=mask(4, 0, 12, 8), **given)
+    assert result.record["nfe_edit"] == 4 and torch.equal(result.source, inv.latents)
+    still = edit(sampled("sd3"), strength=0.5, reading=reading, identity_until=0, blend_until=1.0)
+    assert (still.latents - sampled("sd3").latents).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["edict", "direct", "ddim", "heun"])
@@ -487,7 +642,8 @@ def pull(*args, **options):
 def test_drag_is_invert_and_edit():
     found = pull("4,8>12,8", mask=mask(4, 0, 12, 8), mode="move", seed=3)
     inv = invert(steps=2)
-    wanted = edit(inv, drags="4,8>12,8", mask=mask(4, 0, 12, 8), mode="move", seed=3)
+    given = {"drags": "4,8>12,8", "mask": mask(4, 0, 12, 8), "mode": "move", "seed": 3}
+    wanted = edit(inv, **given, strength=None)
     assert torch.equal(found.latents, wanted.latents)
     assert found.record["inverter"] == "uniinv" and len(found.record["rounds"]) == 1
     assert found.record["nfe"] == wanted.record["nfe"]

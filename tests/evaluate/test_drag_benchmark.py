@@ -59,12 +59,25 @@ def test_it_measures_every_case_by_every_method():
     matchers = Patches(), Patches(5)
     measures, shown = drag.run_all(model, cases, given, matchers)
     methods = {m.method for m in measures}
-    assert len(measures) == len(cases) * len(methods) and len(methods) == 6
+    assert len(measures) == len(cases) * len(methods) and len(methods) == 10
     untouched = [m for m in measures if m.method == drag.COPY and m.kind == "move"]
     ways = [np.hypot(*np.subtract(c.drag.start, c.drag.end)) for c in cases[:2]]
     assert [m.md_network for m in untouched] == pytest.approx(ways)
     assert all(m.fidelity == 1 for m in untouched)
     assert all(0 <= m.likeness <= 1 for m in measures)
-    assert len(drag.table(measures).splitlines()) == 2 + 2 * 6
-    assert len(drag.comparison(measures)) == 2 * len(drag.METRICS)
-    assert drag.sheet(shown).width == 6 * 116
+    assert len(drag.table(measures).splitlines()) == 2 + 2 * 10
+    assert len(drag.comparison(measures)) == 2 * len(drag.METRICS) * (1 + len(drag.PARTS))
+    assert set(drag.PARTS) | {drag.OURS, drag.BASELINE} <= methods
+    assert drag.sheet(shown).width == 10 * 116
+    small = drag.figure([shown[0], shown[-1]])
+    assert small.mode == "P" and small.width == 2 * (3 * 130 + 6) - 6
+
+
+def test_arrows_lead_where_the_object_goes():
+    drag = script()
+    [case] = drag.moved(1)
+    assert drag.arrows(case) == [(*case.drag.start, *case.drag.end)]
+    [case] = grown(1)
+    ways = np.array(drag.arrows(case))
+    centre, ratio = np.array(case.drag.start), case.drag.scale[0]
+    assert np.allclose(ways[:, 2:] - case.drag.end, ratio * (ways[:, :2] - centre))

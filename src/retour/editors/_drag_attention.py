@@ -2,8 +2,9 @@ r"""LazyDrag's attention: background replaced, identity appended, output refined
 
 The source is a branch of the same call, standing on its inverted trajectory; its conditional row's
 queries, keys, values and outputs (:math:`\bar q, \bar k, \bar v, \bar y`) are what the paper caches
-while inverting. They serve every row of a target, the unconditional one too. With the map of
-:mod:`._drag_map`, for image tokens :math:`x`,
+while inverting. They serve every row of a target, the unconditional one too. What moved may be read
+from another branch, on which it stands at its new place already (:mod:`._drag_carry`). With the map
+of :mod:`._drag_map`, for image tokens :math:`x`,
 
 - background: :math:`q_x, k_x, v_x \leftarrow \bar q_x, \bar k_x, \bar v_x`, in all steps;
 - identity, until `identity_until` of the steps: for :math:`x` at destinations and in the
@@ -14,7 +15,7 @@ while inverting. They serve every row of a target, the unconditional one too. Wi
 
 Keys carry a rotary embedding in FLUX: the one of the place they come from is taken off and that
 of :math:`x` put on, both rotations. Where positions are added to the tokens instead (SD3), a key
-cannot be moved and is appended as it is.
+tells of the place it comes from, and is appended as it is.
 """
 
 from __future__ import annotations
@@ -41,10 +42,13 @@ class _Corresponding(AttentionControl):
     Args:
         maps: (target branch, image) -> its map.
         sites: names of the layers to control.
+        reference: the branch that is read.
     """
 
-    def __init__(self, maps: Mapping[Key, DragMap], sites: frozenset[str]):
-        self.maps, self.sites = dict(maps), sites
+    def __init__(
+        self, maps: Mapping[Key, DragMap], sites: frozenset[str], reference: str = "source"
+    ):
+        self.maps, self.sites, self.reference = dict(maps), sites, reference
 
     def wants(self, site: AttentionSite) -> bool:
         """The layers it was told."""
@@ -55,11 +59,11 @@ class _Corresponding(AttentionControl):
         return call.step is not None and call.step.down
 
     def rows(self, call: AttentionCall) -> tuple[list[Key], Tensor, Tensor]:
-        """Targets' rows of this call: their keys, indices, and those of their source rows."""
+        """Targets' rows of this call: their keys, indices, and those of the rows they read."""
         source = {
             row.image: k
             for k, row in enumerate(call.rows)
-            if row.branch == "source" and row.half == "cond"
+            if row.branch == self.reference and row.half == "cond"
         }
         found = [
             ((row.branch, row.image), k, source[row.image])
@@ -100,6 +104,7 @@ class Identity(_Corresponding):
         sites: names of the layers to control.
         until: fraction of the steps.
         queries: who may look: image tokens where something moved, or all of them.
+        reference: the branch that is read.
     """
 
     def __init__(
@@ -108,8 +113,9 @@ class Identity(_Corresponding):
         sites: frozenset[str],
         until: float,
         queries: Queries = "moved",
+        reference: str = "source",
     ):
-        super().__init__(maps, sites)
+        super().__init__(maps, sites, reference)
         self.until, self.queries = until, queries
 
     def active(self, call: AttentionCall) -> bool:
@@ -155,6 +161,7 @@ class Refinement(_Corresponding):
         most: weight h in the first steps.
         hold: fraction of the steps with that weight.
         until: fraction of the steps after which it is 0; between, half a cosine.
+        reference: the branch that is read.
     """
 
     def __init__(
@@ -164,8 +171,9 @@ class Refinement(_Corresponding):
         most: float,
         hold: float,
         until: float,
+        reference: str = "source",
     ):
-        super().__init__(maps, sites)
+        super().__init__(maps, sites, reference)
         self.most, self.hold, self.until = most, hold, until
 
     def active(self, call: AttentionCall) -> bool:

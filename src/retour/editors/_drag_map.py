@@ -19,6 +19,9 @@ places, which we give to the nearest of its tokens (the paper does not say).
 *Regions*, disjoint: destinations :math:`P^*`; what was vacated (in :math:`P`, not in :math:`P^*`);
 a transition band around both; the background, all the rest.
 
+*Between places.* What stands on :math:`x` came from :math:`p + r^{-1}(x - p - v(p))`, :math:`p =
+M(x)`: the winner's place, and by how much its landing was rounded (:math:`r = 1` in mode ``drag``).
+
 Reference: Yin et al., "LazyDrag: Enabling Stable Drag-Based Editing on Multi-Modal Diffusion
 Transformers via Explicit Correspondence", ICLR 2026, arXiv 2509.12203.
 """
@@ -116,6 +119,8 @@ class DragMap:
         transition: (N,) bool: a band around both.
         background: (N,) bool: the rest.
         gap: (N,) bool: destinations between the landing places of a magnified object.
+        origin: (N, 2) float64: (row, column) where what stands at destinations came from, before
+            rounding; their own place elsewhere.
     """
 
     size: tuple[int, int]
@@ -126,6 +131,7 @@ class DragMap:
     transition: Tensor
     background: Tensor
     gap: Tensor
+    origin: Tensor
 
 
 def displacements(
@@ -200,19 +206,94 @@ def drag_map(
         gap = _fill_gaps(size, points, landed, alpha, pulls, source, weight)
     destination = source >= 0
     vacated = editable.flatten() & ~destination
+    everywhere = torch.arange(len(source))
+    source = torch.where(destination, source, everywhere)
+    return _divided(
+        size, source, torch.where(destination, weight.clamp(max=1.0), 0.0), destination, vacated,
+        gap, _origins(size, source, destination, points, shift, pulls), band,
+    )  # fmt: skip
+
+
+def coarser(cells: DragMap, patch: int, band: int = 1) -> DragMap:
+    """Map of tokens made of patch x patch cells, where every token stays what it is.
+
+    For latents in which everything stands at its new place already: what is left of a map are its
+    regions and weights. A token is a destination if anything landed in it, with the mean of its
+    cells' weights, and vacated if something was taken from it and nothing landed there. The cells'
+    distances to their handles count in tokens.
+    """
+    size = (cells.size[0] // patch, cells.size[1] // patch)
+
+    def tokens(value: Tensor) -> Tensor:
+        return to_tokens(value.reshape(1, *cells.size), patch)
+
+    destination = tokens(cells.destination).any(-1)
+    vacated = tokens(cells.vacated).any(-1) & ~destination
+    weight = tokens((patch * cells.weight).clamp(max=1.0)).mean(-1)
+    everywhere = torch.arange(size[0] * size[1])
+    return _divided(
+        size, everywhere, weight, destination, vacated, torch.zeros_like(destination),
+        _places(size), band,
+    )  # fmt: skip
+
+
+def finer(tokens: DragMap, patch: int) -> DragMap:
+    """The same map for the patch x patch cells of every token."""
+    height, width = (n * patch for n in tokens.size)
+    row, column = _places((height, width)).long().unbind(1)
+    here = row // patch * tokens.size[1] + column // patch
+    came = tokens.source[here]
+    source = (came // tokens.size[1] * patch + row % patch) * width
+    source = source + came % tokens.size[1] * patch + column % patch
+    return DragMap(
+        (height, width), source, tokens.weight[here], tokens.destination[here],
+        tokens.vacated[here], tokens.transition[here], tokens.background[here], tokens.gap[here],
+        _places((height, width))[source],
+    )  # fmt: skip
+
+
+def _divided(
+    size: tuple[int, int],
+    source: Tensor,
+    weight: Tensor,
+    destination: Tensor,
+    vacated: Tensor,
+    gap: Tensor,
+    origin: Tensor,
+    band: int,
+) -> DragMap:
     touched = destination | vacated
     transition = _dilated(touched, size, band) & ~touched
-    everywhere = torch.arange(len(source))
-    return DragMap(
-        size,
-        torch.where(destination, source, everywhere),
-        torch.where(destination, weight.clamp(max=1.0), 0.0),
-        destination,
-        vacated,
-        transition,
-        ~(touched | transition),
-        gap,
-    )
+    background = ~(touched | transition)
+    return DragMap(size, source, weight, destination, vacated, transition, background, gap, origin)
+
+
+def _places(size: tuple[int, int]) -> Tensor:
+    return torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in size))
+
+
+def _origins(
+    size: tuple[int, int],
+    source: Tensor,
+    destination: Tensor,
+    points: Tensor,
+    shift: Tensor,
+    pulls: Sequence[Pull],
+) -> Tensor:
+    """Where everything came from before its landing was rounded, (N, 2)."""
+    here = _places(size)
+    if not pulls:
+        return here
+    moves = torch.zeros_like(here).index_copy(0, _flat(points.long(), size), shift)
+    handles = torch.tensor([p.handle for p in pulls], dtype=torch.float64)
+    scales = torch.tensor([p.scale for p in pulls], dtype=torch.float64)
+    start = here[source]
+    ratio = scales[torch.cdist(start, handles).argmin(1)]
+    # On the border all that was pushed beyond it piles up: no further than a landing is rounded.
+    reach = 0.5 * torch.maximum(1 / ratio, torch.ones_like(ratio))
+    off = (here - start - moves[source]) / ratio
+    origin = start + torch.minimum(torch.maximum(off, -reach), reach)
+    return torch.where(destination[:, None], origin, here)
 
 
 def _land(
@@ -225,7 +306,7 @@ def _land(
     index, origin = _flat(place, size), _flat(points.long(), size)
     source = torch.full((size[0] * size[1],), -1, dtype=torch.long)
     weight = torch.zeros(len(source), dtype=torch.float64)
-    for k in alpha.argsort().tolist():  # the largest is written last
+    for k in alpha.argsort(stable=True).tolist():  # the largest is written last
         source[index[k]], weight[index[k]] = origin[k], alpha[k]
     return source, weight
 

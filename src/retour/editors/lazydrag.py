@@ -1,29 +1,39 @@
 r"""LazyDrag: drag points of a picture, with an explicit map from what moves to where it goes.
 
-1. The drags become a map between image tokens (:mod:`._drag_map`): destinations and their origins,
-   vacated places, a band of transition, background.
-2. The start is the inverted noise with origins copied to destinations, and where nothing is left
-   fresh noise (``fill="noise"``), or what FastDrag interpolates there (``"neighbours"``).
+1. The drags become a map of the picture's places (:mod:`._drag_map`): destinations and their
+   origins, vacated places, a band of transition, background.
+2. The start is an inverted state with origins moved to destinations (:mod:`._drag_carry`). Where
+   nothing is left its noise is fresh (``fill="noise"``), drawn from the background's own
+   (``"around"``), or what FastDrag interpolates there (``"neighbours"``).
 3. The target prompt is sampled with attention that keeps the background and gives what moved its
    origin's keys, values and outputs (:mod:`._drag_attention`).
 
-Where we deviate: the paper caches the source's attention tensors while inverting, for the
-single-stream blocks of FLUX; here the source is a branch on its inverted trajectory, recomputed in
-the same call. That costs N evaluations more and no memory, works for any inversion with a
-trajectory, saved ones too, and reads the tensors at the trajectory's own states instead of
-Uni-Inv's predictions of them. Models without single-stream blocks are controlled in all joint
-blocks from `from_depth` on. In mode `move` the vacated places are interpolated unless told
-otherwise: a whole object is gone there, and from fresh noise the prompt, which still tells of it,
-draws it again. The paper does not say what the places between a magnified object's tokens start
-from: fresh noise, since copies are painted as a pattern. The weight of the output's blend "decays
-over time": we hold it at `blend_max` for a fifth of the steps and bring it to 0 by a cosine at
-`blend_until`. At a partial strength fresh noise is laid over the picture filled in from around the
-vacated places, at that level.
+Where we deviate:
+
+- The paper caches the source's attention while inverting; here the source is a branch of the same
+  call on its inverted trajectory. That costs N evaluations more and no memory, and works for any
+  inversion with a trajectory, saved ones too.
+- The paper's map is between tokens, whose keys it rotates to their new place. Where positions are
+  added to the tokens instead (SD3) a key cannot be moved, and on small latents a token is much of
+  an object. There the map is between the latents' cells, and the source's branch stands on a
+  trajectory with everything at its new place already (``reading="carried"``), which attention
+  reads without a map. It also moves by parts of a token and scales: a map between tokens
+  paints a magnified object as a pattern.
+- There the start is also at `strength` 0.7, the paper's fast setting; its usual one is 1, which
+  starts from noise alone. Noise says little of a size, so nothing scales from there, and on small latents
+  objects lose their details. With 1 the prompt has more to say: take it, with some guidance, to
+  turn what is moved into something else.
+- In mode `move` vacated places take the background's noise: a whole object is gone there, and from
+  fresh noise the prompt, which still tells of it, draws it again.
+- Models without single-stream blocks are controlled in all joint blocks from `from_depth` on. The
+  weight of the output's blend "decays over time": we hold it at `blend_max` for a fifth of the
+  steps and bring it to 0 by a cosine at `blend_until`.
 
 The paper runs without classifier-free guidance, and so does `retour.drag`; a guided target's
-unconditional row is controlled alike. Drags shorter than half a token do nothing.
+unconditional row is controlled alike. What moves by less than half a cell (a token, if read there)
+stays.
 
-Cost: 2N evaluations (3N guided), beside the inversion.
+Cost: 2N evaluations (3N guided) of the N steps that are walked, beside the inversion.
 
 Reference: Yin et al., "LazyDrag: Enabling Stable Drag-Based Editing on Multi-Modal Diffusion
 Transformers via Explicit Correspondence", ICLR 2026, arXiv 2509.12203.
@@ -32,7 +42,7 @@ Transformers via Explicit Correspondence", ICLR 2026, arXiv 2509.12203.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -40,17 +50,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.hooks import AttentionControl
-from ..core.branches import Branch, Denoiser, rescale
+from ..core.branches import Branch, Denoiser, Layout, rescale
 from ..core.control import Chain, Control
 from ..core.grid import Step
-from ..core.model import Model
-from ..core.path import levels
+from ..core.model import AttentionSite, Model
+from ..core.path import Time
 from ..core.registry import Paper, register
 from ..core.state import State
 from ..errors import RetourError, check_range
 from ..inverters.base import Replay
 from ..io import Placement
 from ._drag_attention import Background, Identity, Queries, Refinement
+from ._drag_carry import Fill, carried
 from ._drag_map import (
     Drag,
     DragMap,
@@ -58,16 +69,16 @@ from ._drag_map import (
     Mode,
     Pull,
     check_inside,
+    coarser,
     drag_map,
-    from_neighbours,
-    from_tokens,
+    finer,
     parse_drags,
-    to_tokens,
 )
 from ._track import OnTrack
 from .base import EditJob, Editor, Start
 
 Drags = str | Sequence[Any]
+FAST = 0.7
 
 
 @dataclass(frozen=True)
@@ -80,17 +91,23 @@ class LazyDragOptions:
             any, everything stays in place.
         mode: elastic `drag` of points, or `move` of the masked object as it is.
         field: every token obeys its nearest handle, or the average of all (FastDrag).
-        fill: what the vacated places start from; None: `noise` in mode `drag`, `neighbours` in mode
-            `move`. Noise that is interpolated is weak, which makes them even.
-        gaps: what the places between the tokens of a magnified object start from: fresh noise, or
-            a copy of the nearest token's.
+        strength: part of the inverted way that is walked back, from the clean end; 1 starts from
+            noise alone. None: 1 where `tokens` are read, 0.7 where what is read is `carried`.
+        fill: noise that vacated places start from; None: `noise` in mode `drag`, `around` in mode
+            `move`. What is interpolated between `neighbours` is weak, which makes them even.
+        gaps: noise between the landing places of a magnified object: fresh, or a copy of the
+            nearest one's, which is painted as a pattern if read from tokens.
+        reading: where the attention of what moved is read: from the `tokens` it came from, as in
+            the paper; or from the source as it stands with everything `carried` to its new place,
+            cell by cell of the latents, which also moves by parts of a token and scales. None:
+            tokens where keys carry a rotary embedding and so can be moved, carried elsewhere.
         background: keep the background's attention tokens.
-        identity_until: fraction of the steps with appended origins.
+        identity_until: fraction of the grid's steps with appended origins.
         queries: which image tokens see those.
         blend_max: weight of the output's blend at first.
-        blend_hold: fraction of the steps with that weight.
-        blend_until: fraction of the steps by which it has gone.
-        band: width of the transition, in tokens.
+        blend_hold: fraction of the grid's steps with that weight.
+        blend_until: fraction of the grid's steps by which it has gone.
+        band: width of the transition, in tokens; None: a 32nd of the grid's longer side.
         coverage: share of a token that the mask must cover for it to be edited.
         from_depth: first joint block controlled, as a fraction of their number, where a model has
             no single-stream blocks.
@@ -100,24 +117,29 @@ class LazyDragOptions:
     drags: Drags = ""
     mode: Mode = "drag"
     field: Field = "nearest"
-    fill: Literal["noise", "neighbours"] | None = None
+    strength: float | None = None
+    fill: Fill | None = None
     gaps: Literal["noise", "copy"] = "noise"
+    reading: Literal["tokens", "carried"] | None = None
     background: bool = True
     identity_until: float = 0.8
     queries: Queries = "moved"
     blend_max: float = 0.8
     blend_hold: float = 0.2
     blend_until: float = 0.8
-    band: int = 1
+    band: int | None = None
     coverage: float = 0.05
     from_depth: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.strength is not None:
+            check_range("strength", self.strength, 0, 1)
         for name in ("identity_until", "blend_max", "blend_hold", "blend_until", "coverage"):
             check_range(name, getattr(self, name), 0, 1)
         check_range("from_depth", self.from_depth, 0, 1)
-        check_range("band", self.band, 0)
+        if self.band is not None:
+            check_range("band", self.band, 0)
         for image in read_drags(self.drags, 1):
             _check_drags(image, self.mode)
 
@@ -177,7 +199,7 @@ class LazyDrag(Editor):
         self.options = LazyDragOptions() if options is None else options
 
     def control(self, job: EditJob) -> Control:
-        """Attention control of every target, and the source on its trajectory.
+        """Attention control of every target, and the branch that it reads.
 
         Raises:
             RetourError: a drag outside of the picture, or a mask that covers no token.
@@ -194,35 +216,85 @@ class LazyDrag(Editor):
             controls.append(
                 Refinement(found, sites, options.blend_max, options.blend_hold, options.blend_until)
             )
-        return Chain([_PlainSource(), OnTrack(job.inversion, watching=controls)])
+        track = job.inversion
+        if self._carries(job.model):
+            times = job.grid.times
+            states = {k: self._moved(job, v, times) for k, v in track.states.items()}
+            track = replace(track, states=states)
+        return Chain([_Source(job.inversion.latents), OnTrack(track, watching=controls)])
 
     def prepare(self, job: EditJob, denoiser: Denoiser, replay: Replay) -> Start:
         """The inverted noise, moved."""
-        maps, options = self.maps(job), self.options
-        state = replay.state
-        z = state.x
-        generator = torch.Generator().manual_seed(options.seed)
-        noise = torch.randn(1, *z.shape[1:], generator=generator, dtype=z.dtype).to(z.device)
-        fresh = self._fresh(job, maps, z, noise)
-        moved = state.map(lambda v: self._moved(v, maps, fresh) if v.shape == z.shape else v)
-        rows = [state if name == "source" else moved for name in job.layout.names]
+        depth = self._depth(job)
+        state, times = self._at(job, replay.state, depth), job.grid.times[depth : depth + 1]
+        moved = state.map(
+            lambda v: self._moved(job, v[None], times)[0] if v.shape == state.x.shape else v
+        )
+        source = moved if self._carries(job.model) else state
+        rows = [source if name == "source" else moved for name in job.layout.names]
         memory = {k: torch.cat([r.memory[k] for r in rows]) for k in state.memory}
         facts = {"drags": [[str(d) for d in drags] for drags in self._drags(job)]}
-        return Start(State(torch.cat([r.x for r in rows]), memory), job.grid.steps, facts)
+        return Start(State(torch.cat([r.x for r in rows]), memory), depth, facts)
+
+    def _depth(self, job: EditJob) -> int:
+        strength = self.options.strength
+        if strength is None:
+            strength = FAST if self._carries(job.model) else 1.0
+        return max(1, round(strength * job.grid.steps))
+
+    def _at(self, job: EditJob, end: State, depth: int) -> State:
+        """The inversion's state at some depth; memories that it does not keep start anew."""
+        if depth == job.grid.steps:
+            return end
+        kept = {k: v[depth].to(end.x) for k, v in job.inversion.states.items()}
+        return State(kept.pop("x"), kept)
 
     def maps(self, job: EditJob) -> list[DragMap]:
-        """One map for each image."""
-        options, grid = self.options, _token_grid(job.model, job.inversion.latents)
+        """One map of the tokens for each image, as attention follows it."""
+        if not self._carries(job.model):
+            return self._maps(job, _token_grid(job.model, job.inversion.latents))
+        grid, patch = _token_grid(job.model, job.inversion.latents), _patch(job.model)
+        return [coarser(m, patch, self._band(grid)) for m in self.cells(job)]
+
+    def cells(self, job: EditJob) -> list[DragMap]:
+        """One map of the latents' cells for each image, as the latents follow it."""
+        height, width = job.inversion.latents.shape[-2:]
+        if self._carries(job.model):
+            return self._maps(job, (height, width))
+        return [finer(m, _patch(job.model)) for m in self.maps(job)]
+
+    def _maps(self, job: EditJob, grid: tuple[int, int]) -> list[DragMap]:
+        options = self.options
         return [
             drag_map(
                 self._editable(job, image, grid),
                 [_pull(drag, job, image, grid) for drag in drags],
                 options.mode,
                 field=options.field,
-                band=options.band,
+                band=self._band(grid),
             )
             for image, drags in enumerate(self._drags(job))
         ]
+
+    def _carries(self, model: Model) -> bool:
+        reading = self.options.reading
+        return not _single(model) if reading is None else reading == "carried"
+
+    def _moved(self, job: EditJob, states: Tensor, times: Sequence[Time]) -> Tensor:
+        """States (K, B, C, h, w) with everything where it shall be."""
+        options, clean = self.options, job.inversion.latents
+        generator = torch.Generator().manual_seed(options.seed)
+        noise = torch.randn(clean.shape[1:], generator=generator, dtype=torch.float64)
+        # On the processor, where the maps are.
+        moved = carried(
+            states.cpu(), clean.to(states).cpu(), times, job.model.path, self.cells(job), noise,
+            fill=options.fill or ("noise" if options.mode == "drag" else "around"),
+            copy=options.gaps == "copy", seed=options.seed,
+        )  # fmt: skip
+        return moved.to(states)
+
+    def _band(self, grid: tuple[int, int]) -> int:
+        return max(1, round(max(grid) / 32)) if self.options.band is None else self.options.band
 
     def _drags(self, job: EditJob) -> list[tuple[Drag, ...]]:
         return read_drags(self.options.drags, job.inversion.images)
@@ -237,48 +309,30 @@ class LazyDrag(Editor):
 
     def _sites(self, model: Model) -> frozenset[str]:
         joint = [s for s in model.attention_sites() if s.kind == "joint"]
-        single = [s for s in joint if s.name.startswith("single_")]
-        chosen = single or [s for s in joint if s.depth >= self.options.from_depth]
+        chosen = _single(model) or [s for s in joint if s.depth >= self.options.from_depth]
         return frozenset(s.name for s in chosen)
 
-    def _fresh(self, job: EditJob, maps: Sequence[DragMap], z: Tensor, noise: Tensor) -> Tensor:
-        """What vacated places start from where it is noise, (B, C, h, w)."""
-        alpha, sigma = levels(job.model.path, job.grid.times[-1], z)
-        patch = _patch(job.model)
-        clean = to_tokens(job.inversion.latents.to(z), patch).cpu()
-        filled = [
-            from_neighbours(tokens, m.vacated | m.destination, m.size)
-            for tokens, m in zip(clean, maps, strict=True)
-        ]
-        return alpha * from_tokens(torch.stack(filled), patch, maps[0].size).to(z) + sigma * noise
 
-    @property
-    def _interpolates(self) -> bool:
-        fill, mode = self.options.fill, self.options.mode
-        return mode == "move" if fill is None else fill == "neighbours"
+class _Source(Control):
+    """The source is read, not guided: one row; it ends as it was, wherever it stood."""
 
-    def _moved(self, z: Tensor, maps: Sequence[DragMap], fresh: Tensor) -> Tensor:
-        patch = z.shape[-1] // maps[0].size[1]
-        tokens, others = (to_tokens(v, patch).cpu() for v in (z, fresh))
-        rows = []
-        for row, other, m in zip(tokens, others, maps, strict=True):
-            moved = row[m.source]
-            if self.options.gaps == "noise":
-                moved = torch.where(m.gap[:, None], other, moved)
-            if self._interpolates:
-                moved = from_neighbours(moved, m.vacated, m.size)
-            else:
-                moved = torch.where(m.vacated[:, None], other, moved)
-            rows.append(moved)
-        return from_tokens(torch.stack(rows), patch, maps[0].size).to(z)
-
-
-class _PlainSource(Control):
-    """The source is read, not guided: one row."""
+    def __init__(self, latents: Tensor):
+        self.latents = latents
 
     def branches(self, step: Step, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
         """Scale 1."""
         return rescale(branches, source=1.0)
+
+    def finish(self, x: Tensor, layout: Layout) -> Tensor:
+        """The data's own latents."""
+        parts = [self.latents.to(v) if k == "source" else v for k, v in layout.split(x)]
+        return torch.cat(parts)
+
+
+def _single(model: Model) -> list[AttentionSite]:
+    """Single-stream blocks' layers, the paper's; their keys carry rotary embeddings."""
+    sites = model.attention_sites()
+    return [s for s in sites if s.kind == "joint" and s.name.startswith("single_")]
 
 
 def _patch(model: Model) -> int:
