@@ -14,18 +14,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from browsers import FLAGS, MISSING, chromium
 from retour import cli
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = Path("/usr/bin/chromium")
-if not CHROMIUM.exists():
-    pytest.skip("there is no chromium", allow_module_level=True)
+if chromium() is None:
+    pytest.skip(MISSING, allow_module_level=True)
 
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 SECONDS = 60_000
 STEPS = 3
 
@@ -44,7 +40,7 @@ def server():
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        opened = play.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         yield opened
         opened.close()
 
@@ -216,7 +212,7 @@ def test_menus_follow_model_and_editor_and_points_are_dragged(visit):
     pick(page, "star", steps=2)
     assert "joint-attention" in page.locator("#u-editor-facts .r-refused").text_content()
     choose(page, "model", "emoji-mmdit")
-    page.wait_for_function("document.querySelector('#u-steps input').value === '28'")
+    page.wait_for_function("document.querySelector('#u-steps input').value === '20'")
     choose(page, "editor", "lazydrag")
     page.wait_for_function("document.querySelector('#u-inverter input').value.startsWith('uniinv')")
     assert page.locator("#u-guidance input").input_value() == "1"
