@@ -98,7 +98,7 @@ def test_twice_is_the_same_whatever_the_global_generator(name):
         ("flowedit", {"n_max": None, "n_min": 0.0, "n_avg": 1, "seed": 0}),
         ("otip", {"transport": 1.0, "reg": 0.1, "adaptive": True, "n_avg": 1}),
         ("flowopt", {"iterations": 8, "strength": 13 / 15, "eta": None}),
-        ("flowchef", {"inner": 1, "push": None, "start": "noise"}),
+        ("flowchef", {"inner": 1, "hold": None, "push": None, "start": "noise"}),
     ],
 )
 def test_published_defaults(name, wanted):

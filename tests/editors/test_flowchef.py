@@ -57,6 +57,22 @@ def test_background_error_falls_with_kappa():
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0]
 
 
+def test_the_background_may_be_held_more_than_the_edited_region():
+    """Outside of the mask `hold`, in all steps; inside `kappa`, in the first."""
+    inv = inversion()
+    found = edit(inv, kappa=0.03, hold=1.0).latents
+    assert (found - inv.latents)[..., :4].abs().max() < 1e-9
+    inside = (found - inv.latents)[..., 4:].norm()
+    assert inside > 0.5 * (edit(inv, kappa=0.03).latents - inv.latents)[..., 4:].norm()
+    tight = edit(inv, kappa=0.5, hold=1.0, source_until=1.0).latents
+    assert inside > 3 * (tight - inv.latents)[..., 4:].norm() > 0
+    one, both = (edit(inv, kappa=0.2, hold=h).latents for h in (0.2, None))
+    assert torch.equal(one, both)
+    # Without a mask there is no outside.
+    free, held = (edit(inv, None, kappa=0.2, hold=h).latents for h in (None, 1.0))
+    assert torch.equal(free, held)
+
+
 def test_first_steps_hold_the_edited_region_too():
     inv = inversion()
     gaps = [
@@ -123,6 +139,7 @@ def test_something_must_hold_the_source():
     ("options", "says"),
     [
         ({"kappa": -1.0}, "kappa is -1"),
+        ({"hold": -0.5}, "hold is -0.5"),
         ({"until": 1.5}, "until is 1.5"),
         ({"source_until": -0.1}, "source_until is -0.1"),
         ({"push": -2.0}, "push is -2"),
