@@ -15,7 +15,7 @@ true picture is known to the pixel, and so is where every point of the object be
 - `noise moved`: LazyDrag's map moves the inverted noise and nothing else is controlled;
 - `tokens`: LazyDrag with a map between tokens, as the paper has it, from noise;
 - `from noise`: the same, read at its new place cell by cell;
-- `start moved`: from a strength of 0.7 instead, and nothing else is controlled;
+- `start moved`: from the half of the way instead, and nothing else is controlled;
 - `lazydrag`: the defaults: that start and attention, with the source prompt as it was;
 - `lazydrag, prompt`: the same with the target's words;
 - `vae ceiling`: the true picture through the autoencoder.

@@ -356,6 +356,19 @@ def test_what_is_around_fills_with_the_pictures_own_noise():
     assert not torch.equal(found, other)
 
 
+def test_what_moved_may_start_from_partly_fresh_noise_of_the_same_variance():
+    inv = invert()
+    given = {"mask": mask(4, 0, 12, 8), "drags": "4,8>12,8", "mode": "move", "fill": "noise"}
+    plain, half, fresh = (start_of(inv, **given, renew=share)[0][0] for share in (0.0, 0.5, 1.0))
+    wanted = 0.75**0.5 * plain + 0.5 * fresh
+    torch.testing.assert_close(half[:, 2:6, 4:8], wanted[:, 2:6, 4:8])
+    outside = torch.ones(8, 8, dtype=torch.bool)
+    outside[2:6, 4:8] = False
+    assert torch.equal(half[:, outside], plain[:, outside])
+    other = start_of(inv, **given, renew=1.0, seed=1)[0][0]
+    assert (fresh - other).abs()[:, 2:6, 4:8].min() > 0  # nothing of the origin is left
+
+
 def test_partial_strength_fills_from_the_picture_around():
     inv = invert(strength=0.5)
     given = {"mask": mask(4, 0, 12, 8), "drags": "4,8>12,8", "mode": "move", "fill": "noise"}
@@ -489,8 +502,8 @@ def test_keys_that_carry_no_rotation_are_read_where_they_stand_afterwards():
     for reading, wanted in (("tokens", False), ("carried", True)):
         for family in FAMILIES:
             assert LazyDrag(LazyDragOptions(reading=reading))._carries(model(family)) is wanted
-    # The paper starts from noise, and so does what follows it; 0.7 of ten steps are seven.
-    for family, wanted in (("sd3", 14), ("flux", 20)):
+    # The paper starts from noise, and so does what follows it; else half of the way.
+    for family, wanted in (("sd3", 10), ("flux", 20)):
         found = retour.edit(invert(family, steps=10), "a red apple", editor="lazydrag")
         assert found.record["nfe_edit"] == wanted
 
@@ -611,6 +624,8 @@ def test_any_inversion_with_a_trajectory_serves(method):
         ({"drags": [Drag((1, 1), (2, 2)), "1,1>2,2"]}, "mix single drags"),
         ({"mode": "pull"}, "pull"),
         ({"band": -1}, "band is -1"),
+        ({"renew": 2}, "renew is 2"),
+        ({"strength": -0.1}, "strength is -0.1"),
         ({"identity_until": 1.5}, "identity_until is 1.5"),
     ],
 )

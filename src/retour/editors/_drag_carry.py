@@ -37,6 +37,7 @@ def carried(
     *,
     fill: Fill = "noise",
     copy: bool = False,
+    renew: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
     """States with everything where the maps put it.
@@ -52,6 +53,7 @@ def carried(
             random (`around`); or what `neighbours` interpolate, which is weak.
         copy: give cells between those of a magnified object the nearest one's noise; otherwise
             theirs is fresh.
+        renew: share of fresh noise in what moved, whose variance stays.
         seed: of the choice of background cells.
     """
     alpha, sigma = levels(path, torch.as_tensor(list(times), dtype=states.dtype), states)
@@ -64,6 +66,8 @@ def carried(
         taken = own[:, m.source]
         if not copy:
             taken = torch.where(m.gap[:, None], fresh, taken)
+        mixed = (1 - renew**2) ** 0.5 * taken + renew * fresh
+        taken = torch.where(m.destination[:, None], mixed, taken)
         holes = _holes(taken, own, fresh, m, fill, seed)
         taken = torch.where(m.vacated[:, None], holes, taken)
         content = torch.where(m.destination[:, None], between(still, m.origin, m.size), still)
