@@ -589,10 +589,11 @@ def test_a_scaled_object_is_read_between_cells_and_its_noise_stays_noise():
     assert float(torch.stack(stds).std(0).mean()) == pytest.approx(sigma, rel=0.1)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("reading", ["tokens", "carried"])
-def test_a_part_of_the_way_starts_from_that_state(reading):
+def test_a_part_of_the_way_starts_from_that_state(family, reading):
     """Half as many steps, from the picture moved at that level."""
-    inv = invert()
+    inv = invert(family)
     given = {"drags": "4,8>12,8", "mode": "move", "strength": 0.5, "reading": reading}
     found, _ = start_of(inv, mask=mask(4, 0, 12, 8), **given)
     z = inv.states["x"][2, 0]
@@ -600,8 +601,9 @@ def test_a_part_of_the_way_starts_from_that_state(reading):
     torch.testing.assert_close(found[0, :, :2], z[:, :2], rtol=0, atol=1e-12)
     result = edit(inv, mask=mask(4, 0, 12, 8), **given)
     assert result.record["nfe_edit"] == 4 and torch.equal(result.source, inv.latents)
-    still = edit(sampled("sd3"), strength=0.5, reading=reading, identity_until=0, blend_until=1.0)
-    assert (still.latents - sampled("sd3").latents).abs().max() <= 1e-5
+    given = {"strength": 0.5, "reading": reading, "identity_until": 0.0, "blend_until": 1.0}
+    still = edit(sampled(family), **given)
+    assert (still.latents - sampled(family).latents).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["edict", "direct", "ddim", "heun"])

@@ -43,7 +43,7 @@ Mode = Literal["drag", "move"]
 Field = Literal["nearest", "average"]
 Point = tuple[float, float]
 
-_NUMBER = r"\s*(-?\d+(?:\.\d*)?)\s*"
+_NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
 _DRAG = re.compile(rf"{_NUMBER},{_NUMBER}>{_NUMBER},{_NUMBER}(?:\*{_NUMBER}(?:,{_NUMBER})?)?")
 
 
