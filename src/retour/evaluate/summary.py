@@ -17,7 +17,7 @@ from .work import COSTS
 Rows = Sequence[Mapping[str, Any]]
 
 # Decimals in the table; the metrics' units make them of one size.
-DIGITS = {"background_psnr": 2, "edit_success": 0, "background_exact": 0}
+DIGITS = {"background_psnr": 2}
 USUAL = 1
 
 
