@@ -178,9 +178,10 @@ def test_a_tenfold_rate_is_worse_than_no_search():
 
 @pytest.mark.slow
 def test_the_correction_on_a_trained_network():
-    """Pictures of the shipped model's own, their return at guidance 1, lambda from 0 to 5.
+    """Pictures of the shipped model's own: their return at guidance 1, lambda from 0 to 5.
 
-    The paper's curve has its best at 2 (6.19, 6.07, 9.29 at 1, 2 and 5, of the edits).
+    Measured 0.103, 0.097, 0.090, 0.077, 0.084 (DDIM 0.171): best at 2, as in the paper. The noise
+    itself is best without: off by 0.313, 0.314, 0.316, 0.319, 0.329 (DDIM 0.351).
     """
     prompts = [item.source for item in items(4)]
     noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
@@ -194,8 +195,9 @@ def test_the_correction_on_a_trained_network():
         off.append(rms(found.noise - noise))
     plain = get("invert", "ddim").make().invert(job(net(), latents=x, prompts=prompts, steps=20))
     print("returned", errors, returned(plain), "noise off", off, rms(plain.noise - noise))
-    assert errors[-1] > errors[-2]
-    assert max(errors[:4]) < returned(plain)
+    assert errors[:4] == sorted(errors[:4], reverse=True) and errors[3] < errors[4]
+    assert off == sorted(off)
+    assert max(errors) < returned(plain) and max(off) < rms(plain.noise - noise)
 
 
 def test_losses_fall_in_nearly_all_steps():

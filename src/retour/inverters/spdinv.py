@@ -23,6 +23,12 @@ same equation in the form of :mod:`retour.solvers.implicit`; on flow models it i
 ``search="picard"`` or ``"anderson"`` iterate it, at no gradient; :mod:`.fixed_point` goes to any
 tolerance and takes the guidance in.
 
+Measured on the embedded model: edits by Prompt-to-Prompt miss the background by 0.016 (mean square,
+14 pairs, 20 steps), after negative-prompt inversion by 0.022; of pictures made of known noise it
+finds that to 0.23, DDIM to 0.32 (root mean square), and with wrong prompts a little nearer too.
+That prompts spread the noise less than DDIM's is not seen, neither there (0.37 against 0.36) nor
+where the answer is known: there the exact inverse has the largest spread of all.
+
 What to expect: a mean square of 5e-6 is a root mean square of 0.0022 in every step, so the round
 trip is a few times better than DDIM's, not exact; and 25 steps of 0.001 move a value by 0.025 at
 most, too little on coarse grids. ``extras["loss"]``, (N, B), holds the last loss measured.
