@@ -5,11 +5,11 @@
 
 The commands are read from the docs themselves: the shell block in a table's own section, or, on a
 page without one, the command in backticks in its first lines. So what is rebuilt is what a reader
-is told to type. Every block is run in DIR/work (where `benchmarks`, `docs` and `src` lead to this
-checkout and `retour` is this Python's), and the Markdown table that it prints is compared with the
-one in the docs: a printed table with the same heads stands for it as it is; from a wider one, such
-as a bench's with all metrics and all differences of two runs, the columns and rows of the docs are
-taken, and a difference that the docs turn round is turned round.
+is told to type. Every block is run in DIR/work, where `benchmarks` and `src` lead to this checkout
+and `retour` is this Python's. The Markdown table that it prints (or writes into the page itself,
+below DIR/work) is compared with the one in the docs: one with the same heads stands for it as it
+is; from a wider one, such as a bench's with all metrics and all differences of two runs, the
+columns and rows of the docs are taken, and a difference that the docs turn round is turned round.
 
 Writes DIR/NAME.md (the table anew), DIR/NAME.txt (all that was printed) and DIR/tables.md, and says
 how many cells differ; seconds and memory always will on another machine. Killed and called again it
@@ -267,10 +267,12 @@ def run(job: Job, out: Path, again: bool) -> bool:
     return ended.returncode == 0
 
 
-def settle(job: Job, out: Path, write: bool) -> tuple[list[str], list[str]]:
+def settle(job: Job, out: Path, docs: Path, write: bool) -> tuple[list[str], list[str]]:
     """The job's tables anew, and a word on each; those of the docs are replaced if asked."""
     file = out / job.name
-    given = list(printed(file.with_suffix(".txt").read_text(encoding="utf-8")))
+    pages = {out / "work" / "docs" / place.page.relative_to(docs) for place in job.places}
+    sources = [file.with_suffix(".txt"), *filter(Path.is_file, pages)]
+    given = [t for source in sources for t in printed(source.read_text(encoding="utf-8"))]
     made, said = [], []
     for place in reversed(job.places):
         new = rebuilt(place.table, given)
@@ -335,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             notes.append(f"{job.name}: {'failed' if job.command else 'has no command'}")
             missing += len(job.places)
             continue
-        made, said = settle(job, out, given.write)
+        made, said = settle(job, out, given.docs, given.write)
         missing += len(job.places) - len(made)
         notes += [f"{job.name}: {line}" for line in said]
         pages.append(f"## {job.name}\n\n```sh\n{job.command}\n```\n\n" + "\n".join(made))

@@ -110,6 +110,14 @@ def test_a_killed_block_is_run_again(tables, docs, tmp_path):
     assert json.loads((out / "figures" / "first.json").read_text())["command"] != done["command"]
 
 
+def test_a_command_may_write_the_page_itself(tables, docs, tmp_path):
+    words = "mkdir -p docs; printf '| x | b |\\n| - | - |\\n| q | 7.5 |\\n' > docs/figures.md; :"
+    page, out = docs / "figures.md", tmp_path / "out"
+    page.write_text(PAGE.replace("python -c", f"{words} "), encoding="utf-8")
+    assert call(tables, docs, out) == 0
+    assert (out / "figures" / "first.md").read_text().endswith("| q | 7.5 |\n")
+
+
 def test_what_fails_or_prints_something_else_is_said(tables, docs, tmp_path, capsys):
     page = docs / "figures.md"
     page.write_text(PAGE.replace("```sh", "```text"))
