@@ -134,15 +134,36 @@ def _links_to_models(entry: Entry) -> str:
     return _list(serving)
 
 
-def _picture(entry: Entry) -> str:
-    if entry.task != "edit" or not (DOCS / "editors" / f"{entry.name}.png").is_file():
-        return ""
-    picture = f"../../editors/{entry.name}.png"
-    return (
-        f"![Edits made by {entry.name}]({picture})\n\n"
+# Folder below docs/ of the methods' own pictures, and what is said of them.
+PICTURES = {
+    "edit": (
+        "editors",
         "Before and after, made by the embedded models with default options; "
-        "[the same edits by every editor](../../editors/README.md)."
-    )
+        "[the same edits by every editor](../../editors/README.md).",
+    ),
+    "invert": (
+        "images/inverters",
+        "The picture, what comes back from its noise without an edit, and an edit; emoji-unet, "
+        "20 steps, default options (`python benchmarks/returns.py`).",
+    ),
+}
+# Pictures of other pages that show a method.
+BORROWED = {
+    ("attack", "sca"): ("images/attack.png", "attack.md"),
+    ("edit", "lazydrag"): ("images/tutorial/drag.png", "tutorial.md"),
+    ("restore", "flowchef"): ("images/tutorial/restore.png", "tutorial.md"),
+}
+
+
+def _picture(entry: Entry) -> str:
+    folder, said = PICTURES.get(entry.task, ("", ""))
+    file = f"{folder}/{entry.name}.png"
+    if not said or not (DOCS / file).is_file():
+        file, page = BORROWED.get((entry.task, entry.name), ("", ""))
+        if not (file and (DOCS / file).is_file()):
+            return ""
+        said = f"[How it was made](../../{page})."
+    return f"![What {entry.name} makes](../../{file})\n\n{said}"
 
 
 # --- Use ------------------------------------------------------------------------------------------

@@ -97,6 +97,19 @@ def test_inverters_are_measured_on_their_way_up_and_back(model, capsys):
     capsys.readouterr()
 
 
+def test_a_strip_shows_pictures_their_returns_and_edits(model):
+    returns = script("returns")
+    entries = {e.name: e for e in retour.methods(task="invert")}
+    assert returns.editor_for(entries["ddim"], model) == "p2p"
+    strip = returns.make(entries["ddim"], model, 2)
+    images, captions, targets = returns.chosen()
+    assert len(images) == len(captions) == len(set(targets)) == returns.PICTURES
+    group = 3 * (returns.CELL + returns.GAP)
+    assert strip.size == (4 * group + 3 * returns.BETWEEN, returns.CELL)
+    shown = strip.crop((0, 0, returns.CELL, returns.CELL))
+    assert shown.tobytes() == images[0].resize(shown.size, 1).tobytes()
+
+
 def test_peak_memory_is_that_of_the_block():
     with Peak(torch.device("cpu")) as peak:
         held = torch.ones(2**24)  # 64 MiB
