@@ -84,12 +84,10 @@ class Place:
 
     Attributes:
         page: its file.
-        start: where it begins in the page's text.
         table: what stands there.
     """
 
     page: Path
-    start: int
     table: Table
 
 
@@ -126,7 +124,7 @@ def jobs(docs: Path) -> list[Job]:
             start = 0 if heading is None else heading.start()
             command = _command(text, bare, start, match.start())
             key = f"{page_name}{slug}" if command[1] else page_name, command[0]
-            found.setdefault(key, []).append(Place(page, match.start(), table))
+            found.setdefault(key, []).append(Place(page, table))
     return [Job(name, command, tuple(places)) for (name, command), places in found.items()]
 
 
@@ -274,7 +272,7 @@ def settle(job: Job, out: Path, docs: Path, write: bool) -> tuple[list[str], lis
     sources = [file.with_suffix(".txt"), *filter(Path.is_file, pages)]
     given = [t for source in sources for t in printed(source.read_text(encoding="utf-8"))]
     made, said = [], []
-    for place in reversed(job.places):
+    for place in job.places:
         new = rebuilt(place.table, given)
         if new is None:
             said.append(f"not rebuilt: a table that {file.with_suffix('.txt')} does not print")
@@ -284,18 +282,19 @@ def settle(job: Job, out: Path, docs: Path, write: bool) -> tuple[list[str], lis
         said.append(f"{cells} cells, {differing(place.table, new)} not as in the docs")
         if write:
             _replace(place, new)
-    file.with_suffix(".md").write_text("\n".join(reversed(made)), encoding="utf-8")
-    return made[::-1], said[::-1]
+    file.with_suffix(".md").write_text("\n".join(made), encoding="utf-8")
+    return made, said
 
 
 def _replace(place: Place, new: Table) -> None:
-    """Put a table into its page; the page's later tables are written first."""
+    """Put a table into its page, where the old one stands."""
     text = place.page.read_text(encoding="utf-8")
-    found = TABLE.match(text, place.start)
-    if found is None or Table.read(found[0]) != place.table:
+    same = (m for m in TABLE.finditer(text) if Table.read(m[0]) == place.table)
+    found = next(same, None)
+    if found is None:
         raise SystemExit(f"{place.page} has changed meanwhile: call --write again")
     with atomic_write(place.page) as path:
-        path.write_text(text[: place.start] + str(new) + text[found.end() :], encoding="utf-8")
+        path.write_text(text[: found.start()] + str(new) + text[found.end() :], encoding="utf-8")
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -96,6 +96,20 @@ def test_a_table_is_rebuilt_and_what_is_done_is_left_out(tables, docs, tmp_path,
     assert (docs / "figures.md").read_text() == PAGE.replace("| q | 0.5 |", "| q | 4.5 |")
 
 
+def test_several_tables_of_a_page_are_written(tables, docs, tmp_path):
+    """The first one grows, and moves the second."""
+    page = docs / "figures.md"
+    first = PAGE.replace(
+        "| x | b |\n| --- | --- |\n| q | 0.5 |",
+        "| x | wide a | b |\n| - | - | - |\n| q | 0.5 | 1 |",
+    )
+    page.write_text(first + PAGE.replace("# Figures", "# More").replace("First", "Third"))
+    assert call(tables, docs, tmp_path / "out", "--write") == 0
+    text = page.read_text()
+    assert "| p | 1.5 | 2.5 |\n| q | 3.5 | 4.5 |\n\n" in text and "| q | 4.5 |\n\n" in text
+    assert "0.5 |" not in text.replace("| q | 3.5 | 4.5 |", "").replace("1.5 | 2.5", "")
+
+
 def test_a_killed_block_is_run_again(tables, docs, tmp_path):
     """Nothing is done before its commands have ended well."""
     page, out = docs / "figures.md", tmp_path / "out"
