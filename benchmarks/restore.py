@@ -18,7 +18,7 @@ PSNR (dB) and SSIM of the whole picture, and of the hole alone for inpainting; m
 with 95 % intervals, and FlowChef's difference from the classical method picture by picture. A
 picture that is exact counts as 60 dB.
 Writes `restore.csv` (every picture), `restore.json` and `restore.png` (a sheet). Needs
-`pip install "retour[eval]"`. About 40 minutes at one thread.
+`pip install "retour[eval]"`. About 40 minutes at one thread, 20 with `--images 16`.
 """
 
 from __future__ import annotations

@@ -73,6 +73,19 @@ def test_the_background_may_be_held_more_than_the_edited_region():
     assert torch.equal(free, held)
 
 
+def test_the_share_is_removed_together_by_as_many_steps_as_there_are():
+    """28 steps: 17 of 0.03; another number holds as much, where a fixed size does not."""
+    made = get("edit", "flowchef").make().options
+    assert made.size(28) == pytest.approx(0.03, abs=5e-4)
+    for steps, inner in ((10, 1), (50, 3), (1, 1)):
+        options = get("edit", "flowchef").make(inner=inner).options
+        held = sum(k / steps < options.source_until for k in range(steps))
+        assert (1 - options.size(steps)) ** (held * inner) == pytest.approx(0.6)
+    assert get("edit", "flowchef").make(kappa=0.2).options.size(50) == 0.2
+    masked = get("edit", "flowchef").make(source_until=0.0, until=0.5).options
+    assert (1 - masked.size(10)) ** 5 == pytest.approx(0.6)
+
+
 def test_first_steps_hold_the_edited_region_too():
     inv = inversion()
     gaps = [
@@ -140,6 +153,7 @@ def test_something_must_hold_the_source():
     [
         ({"kappa": -1.0}, "kappa is -1"),
         ({"hold": -0.5}, "hold is -0.5"),
+        ({"share": 1.0}, "share must be at least 0 and below 1"),
         ({"until": 1.5}, "until is 1.5"),
         ({"source_until": -0.1}, "source_until is -0.1"),
         ({"push": -2.0}, "push is -2"),
