@@ -1,6 +1,7 @@
 """Prompt tuning inversion: the pivot without a prompt, learned prompts, and the mix at an edit."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from inverters.pivots import FREE, PROMPTS, STEPS, TARGET, close, distance, inve
 from inverters.searched import invert as exactly
 from inverters.searched import rms, samples
 from retour import api
-from retour.demo import examples
+from retour.captions import captioner
 from retour.errors import RetourError
+from retour.evaluate.suite import Suite
 from retour.inverters._pivotal import Plan, Tuning
 from retour.inverters.prompt_tuning import mixed
 
@@ -146,29 +148,49 @@ def test_settings_out_of_range_are_refused(option, value):
         invert("prompt-tuning", **{option: value})
 
 
+# --- The embedded network -------------------------------------------------------------------------
+
+
+def learned(items, steps, inner):
+    """Inversions at guidance 5 of pictures of the paired set, with their own prompts."""
+    images, prompts = [i.image for i in items], [i.source for i in items]
+    options = {"method": "prompt-tuning", "steps": steps, "guidance": 5.0, "inner_steps": inner}
+    return retour.invert(retour.load("emoji-unet"), images, prompts, **options)
+
+
+@cache
+def spread(count):
+    """Edits of the paired set, of different pictures and all kinds."""
+    items = list({item.source: item for item in Suite.paired()}.values())
+    return [items[k * len(items) // count] for k in range(count)]
+
+
+@pytest.mark.slow
+def test_learning_takes_nearly_all_of_the_error_on_a_trained_network():
+    """Measured: 0.14 of the error without learning is left, after 5 steps in 25 intervals."""
+    left = [gap(learned(spread(4), 25, inner)) for inner in (0, 5)]
+    assert left[1] < 0.2 * left[0], left
+
+
 @pytest.mark.slow
 def test_a_trained_network_returns_to_the_image_and_leaves_it_by_and_by():
-    """Learning takes most of the error; with eta away from the source, towards the sample.
+    """The more is learned the nearer; with eta away from the source and towards the target.
 
-    Measured: 0.107 of the error without learning is left, after 5 steps in each of 25 intervals.
+    Means of 16 pictures. Measured: errors 0.404, 0.323, 0.196 after 0, 1, 5 steps in each of 10
+    intervals; CLIP's fit of the target 0.63, 0.71, 0.79, 0.86, 0.87 with eta.
     """
-    pictures = list(examples()[0].values())[:4]
-    images, prompts = ([picture[k] for picture in pictures] for k in (0, 1))
-    targets = [f"{prompt.rpartition(' on a')[0]} on a yellow background" for prompt in prompts]
-    inversion = retour.invert(
-        retour.load("emoji-unet"), images, prompts, method="prompt-tuning", steps=25, guidance=5.0
-    )
-    tuned, plain = inversion.extras["losses"][0, :, -1], inversion.with_options(eta=1.0)
-    idle = retour.invert(
-        inversion.model, images, prompts, method="prompt-tuning", steps=25, guidance=5.0,
-        inner_steps=0,
-    )  # fmt: skip
-    assert float(tuned.mean()) < 0.5 * gap(idle)
-    sample = retour.edit(plain, targets, editor="reprompt").latents
+    items = spread(16)
+    tuned = [learned(items, 10, inner) for inner in (0, 1, 5)]
+    errors = [gap(inversion.with_options(eta=0.0)) for inversion in tuned]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.6 * errors[0], errors
+    targets = [item.target for item in items]
     edits = [
-        retour.edit(inversion.with_options(eta=eta), targets, editor="reprompt").latents
+        retour.edit(tuned[-1].with_options(eta=eta), targets, editor="reprompt")
         for eta in (0.0, 0.25, 0.5, 0.75, 1.0)
     ]
-    away = [distance(edit, inversion.latents) for edit in edits]
-    near = [distance(edit, sample) for edit in edits]
-    assert away == sorted(away) and near == sorted(near, reverse=True)
+    words = captioner().embed_texts(targets)
+    away = [distance(edit.latents, tuned[-1].latents) for edit in edits]
+    near = [distance(edit.latents, edits[-1].latents) for edit in edits]
+    fit = [float((captioner().embed_images(e.images) * words).sum(1).mean()) for e in edits]
+    assert away == sorted(away) and near == sorted(near, reverse=True), (away, near)
+    assert fit == sorted(fit), fit
