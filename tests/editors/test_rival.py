@@ -387,15 +387,20 @@ def test_bad_options(options, says):
         rival(**options)
 
 
+def pixels(pictures):
+    """(B, 3, H, W) in [-1, 1]."""
+    return torch.stack([to_tensor(p) for p in pictures])
+
+
 def colours(pictures):
     """Mean and spread of each channel, (B, 6), of pictures in [-1, 1]."""
-    x = torch.stack([to_tensor(p) for p in pictures]).double()
+    x = pixels(pictures).double()
     return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
 
 
 @pytest.mark.slow
 def test_lower_thresholds_bring_variations_nearer_on_a_real_network():
-    """CLIP's and colours' distances to the exemplar fall; variations of other seeds differ.
+    """CLIP's and colours' distances to the exemplar fall.
 
     The words name the thing alone, so that the ground's colour can come from the exemplar only
     (captions that name it leave a fifth to gain). Against plain samples from noise the colours'
@@ -417,6 +422,24 @@ def test_lower_thresholds_bring_variations_nearer_on_a_real_network():
     colour = [float((colours(m) - colours(exemplars)).norm(dim=1).mean()) for m in made]
     assert feature == sorted(feature, reverse=True), feature
     assert colour == sorted(colour, reverse=True) and colour[2] < 0.5 * colour[0], colour
-    other = retour.edit(inversion, prompts, editor="rival", seed=100).images
-    drawn, other = (torch.stack([to_tensor(p) for p in some]) for some in (made[2], other))
-    assert (drawn - other).square().mean() > 1e-2
+
+
+@pytest.mark.slow
+def test_variations_stay_half_as_diverse_as_samples_on_a_real_network():
+    """Of other seeds, under full captions; measured 0.053 of squared difference, samples 0.070."""
+    network = retour.load("emoji-unet")
+    listed = {i.source: i for i in Suite.paired() if i.kind == "change_background"}
+    images, prompts = zip(*((i.image, i.source) for i in list(listed.values())[:8]), strict=True)
+    options = {"method": "noise", "steps": 8, "strength": 1.0}
+    noises = [
+        retour.invert(network, list(images), list(prompts), seed=seed, **options) for seed in (0, 1)
+    ]
+    drawn = [retour.edit(noise, list(prompts), editor="reprompt").images for noise in noises]
+    inversion = retour.invert(network, list(images), list(prompts), method="ddim", steps=8)
+    made = [
+        retour.edit(inversion, list(prompts), editor="rival", seed=seed).images for seed in (0, 100)
+    ]
+    samples, variations = (
+        float((pixels(first) - pixels(second)).square().mean()) for first, second in (drawn, made)
+    )
+    assert variations > 0.5 * samples, (variations, samples)
