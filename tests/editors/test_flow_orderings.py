@@ -89,16 +89,25 @@ def test_rf_solver_returns_three_times_better_than_euler_and_more_at_more_evalua
 
 def test_more_sharing_reconstructs_better_and_edits_less():
     inv = inversion("rf-solver", 15)
-    same, other = (
-        [
-            distance(edit(inv, prompts, "rf-edit", inject=part, blocks=1.0))
-            for part in (0.0, 4 / 15, 1.0)
-        ]
+    runs = [
+        [edit(inv, prompts, "rf-edit", inject=part, blocks=1.0) for part in (0.0, 4 / 15, 1.0)]
         for prompts in ([item.source for item in ITEMS], targets())
-    )
-    print("same", same, "other", other)
+    ]
+    same, other = ([distance(run) for run in row] for row in runs)
+    scores = [score(run) for run in runs[1]]
+    print("same", same, "other", other, "scores", scores)
+    assert all(b <= a + 0.01 for a, b in zip(scores, scores[1:], strict=False))
     assert same == sorted(same, reverse=True) and other == sorted(other, reverse=True)
     assert same[-1] < 0.7 * same[0] and other[-1] < 0.7 * other[0]
+
+
+def test_rf_edit_keeps_a_third_more_background_than_euler_at_equal_cost_and_score():
+    ours = edit(inversion("rf-solver", 15), targets(), "rf-edit")
+    theirs = edit(inversion("euler", 32), targets(), "reprompt")
+    assert ours.record["nfe"] == theirs.record["nfe"] == 96
+    print("rf-edit", background(ours), score(ours), "euler", background(theirs), score(theirs))
+    assert background(ours) < 0.7 * background(theirs)
+    assert score(ours) > 0.95 * score(theirs)
 
 
 def test_otip_reconstructs_no_worse_than_rf_inversion_and_is_no_nearer_to_the_target():
