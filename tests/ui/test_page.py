@@ -281,6 +281,14 @@ def test_without_the_extra(monkeypatch, capsys):
     assert 'pip install "retour[ui]"' in capsys.readouterr().err
 
 
+def test_an_older_framework_is_refused(monkeypatch, capsys):
+    import gradio
+
+    monkeypatch.setattr(gradio, "__version__", "6.5.1")
+    assert cli.run(["ui"]) == 2
+    assert "needs gradio 6.31 or newer, and 6.5.1 is installed" in capsys.readouterr().err
+
+
 def test_a_wrong_model_is_said_at_the_start(capsys):
     assert cli.run(["ui", "--model", "emoji-unett"]) == 2
     assert "did you mean 'emoji-unet'" in capsys.readouterr().err

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,6 @@ def looks() -> dict[str, Any]:
     }
 
 
-def accepted(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that this version of the framework knows."""
-    known = inspect.signature(function).parameters
-    return {k: v for k, v in given.items() if k in known}
-
-
 class Page:
     """The page of a desk.
 
@@ -76,9 +70,7 @@ class Page:
     def __init__(self, desk: Desk):
         self.desk = desk
         first = desk.menu(desk.shelf.names[0])
-        # Before version 6, looks belong to the blocks; from then on, to the launch.
-        own = accepted(gr.Blocks.__init__, looks())
-        with gr.Blocks(title="retour", analytics_enabled=False, fill_width=True, **own) as blocks:
+        with gr.Blocks(title="retour", analytics_enabled=False, fill_width=True) as blocks:
             self._build(first)
             self._wire()
         self.blocks = blocks
@@ -164,9 +156,10 @@ class Page:
         _on(self.show.click, self._show, [self.payload], shown, js=PAYLOAD)
         _on(self.guess.click, self._guess, [], [self.before, self.guess, self.words, self.result],
             concurrency_limit=None)  # fmt: skip
-        for prompt in (self.before, self.after):
-            _on(prompt.change, markup.words, [self.before, self.after], [self.words],
-                queue=False)  # fmt: skip
+        # One listener for both prompts: of two, an earlier answer could come last and stay.
+        changes = partial(gr.on, [self.before.change, self.after.change])
+        _on(changes, markup.words, [self.before, self.after], [self.words],
+            queue=False, trigger_mode="always_last")  # fmt: skip
         _on(self.model.input, self._choose_model, chosen, [*menu, *numbers])
         _on(self.editor.input, self._choose_editor, chosen, [*menu, *numbers])
         _on(self.inverter.input, self._choose_inverter, chosen, menu)
@@ -311,10 +304,7 @@ GATHER = "(...values) => window.retour.gather(...values)"
 
 def _on(event: Callable[..., Any], answer: Any, inputs: Any, outputs: Any, **more: Any) -> None:
     """Listen to an event, without offering it to programs."""
-    private = {"api_visibility": "private"}
-    if "api_visibility" not in inspect.signature(event).parameters:
-        private = {"api_name": False}  # type: ignore[dict-item]
-    event(answer, inputs, outputs, show_progress="hidden", **private, **more)
+    event(answer, inputs, outputs, show_progress="hidden", api_visibility="private", **more)
 
 
 def _labels(choices: list[menus.Choice]) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -17,6 +18,7 @@ from .guard import LOCAL, Guard
 
 HOST, PORT = "127.0.0.1", 7860
 PREFIX = "retour-ui-"
+OLDEST = 6, 31  # Of the web framework: the one that the tests ran with.
 JSON_ROOM = 2**20  # What a request holds beside the picture.
 
 
@@ -47,16 +49,16 @@ class Server:
 
     def _launch(self, host: str) -> Any:
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder)
-        gradio = import_gradio()
+        import_gradio()
         from starlette.middleware import Middleware
 
-        from .page import Page, accepted, looks
+        from .page import Page, looks
 
         most = 4 * ((self.desk.allowed.bytes or 0) // 3 + 1) + JSON_ROOM
         local = host in (*LOCAL, "::1")
         blocks = Page(self.desk).blocks
         blocks.queue(max_size=64, api_open=False, default_concurrency_limit=4)
-        settings = {
+        settings: dict[str, Any] = {
             "server_name": host,
             "server_port": self.port,
             "share": False,
@@ -64,7 +66,6 @@ class Server:
             "quiet": True,
             "prevent_thread_lock": True,
             "show_error": False,
-            "show_api": False,
             "footer_links": [],
             "run_history": False,
             "ssr_mode": False,
@@ -78,7 +79,7 @@ class Server:
             "app_kwargs": {"middleware": [Middleware(Guard, most=most, local=local)]},
             **looks(),
         }
-        blocks.launch(**accepted(gradio.Blocks.launch, settings))
+        blocks.launch(**settings)
         return blocks
 
     def wait(self) -> None:
@@ -114,6 +115,13 @@ def import_gradio() -> Any:
         raise RetourError(
             'the page needs gradio, which is not installed: pip install "retour[ui]"'
         ) from None
+    found = tuple(int(part) for part in re.findall(r"\d+", gradio.__version__)[:2])
+    if found < OLDEST:
+        # 5.49 loses masks, and 6.0 still has visitors' browsers ask other servers.
+        raise RetourError(
+            f"the page needs gradio {'.'.join(map(str, OLDEST))} or newer, and "
+            f'{gradio.__version__} is installed: pip install --upgrade "retour[ui]"'
+        )
     return gradio
 
 
