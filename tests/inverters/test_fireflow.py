@@ -106,6 +106,24 @@ def test_found_steps_keep_the_tolerance():
         state, twice = after, 1
 
 
+@pytest.mark.parametrize(("part", "accepted"), [(1.5, False), (2.5, True)])
+def test_the_first_step_counts_twice(part, accepted):
+    """Its carried velocity is that of its start, half a step further away than later ones."""
+    grid = flow_grid(32)
+    model = ProblemModel(mixture(), PATHS["flow"], "velocity")
+    denoise = Denoiser(model, [Branch("source", model.embed([""] * len(CLEAN)))])
+    begin = denoise(CLEAN, 0.0).velocity
+    first = next(grid.walk(down=False))
+    after = (
+        get("solver", "fireflow")
+        .make()
+        .step(denoise, State(CLEAN, {"velocity": begin}), first, model.path)
+    )
+    change = (after.memory["velocity"] - begin).square().mean((1, 2, 3)).sqrt().max()
+    inversion, _ = invert(steps=32, tolerance=part * first.s * float(change))
+    assert (inversion.grid.times[1] == first.s) is accepted
+
+
 def test_the_first_step_is_found_too():
     """However long the step that is tried first; each attempt costs one evaluation."""
     runs = [invert(steps=n, tolerance=0.01) for n in (2, 8, 200)]
