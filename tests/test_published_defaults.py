@@ -44,7 +44,7 @@ PUBLISHED = {
         "cross_steps": 0.4, "self_steps": 0.6, "blend_threshold": 0.3, "blend_start": 0.2,
         "self_max": 0.5,
     },
-    ("edit", "masactrl", "Cao et al."): {"start": 0.08, "layers": "decoder", "mask_threshold": 0.1},
+    ("edit", "masactrl", "Cao et al."): {"start": 0.08, "layers": "fine", "mask_threshold": 0.1},
     ("edit", "pnp", "Tumanyan et al., diffusers' port"): {"features": 0.8, "attention": 0.5},
     ("edit", "pix2pix-zero", "Parmar et al."): {"rate": 0.1, "negative": "source"},
     ("edit", "proximal", "Li et al. 2024"): {

@@ -14,6 +14,7 @@ CROSS_DOWN, CROSS_UP = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 LAYOUTS = {
     "sd1": (64, (CROSS_DOWN,) * 3 + (DOWN,), (UP,) + (CROSS_UP,) * 3, 2, 1),
     "sdxl": (128, (DOWN, CROSS_DOWN, CROSS_DOWN), (CROSS_UP, CROSS_UP, UP), 2, (1, 2, 10)),
+    "single": (16, (CROSS_DOWN, DOWN), (UP, CROSS_UP), 1, 1),
     "emoji": (16, (CROSS_DOWN, CROSS_DOWN, DOWN), (UP, CROSS_UP, CROSS_UP), 1, 1),
 }
 

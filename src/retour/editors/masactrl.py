@@ -20,11 +20,22 @@ both. A side without any pixel in the source restricts nothing.
 
 Layers: the paper's "step 4 of 50, layer 10 of 16" is, in Stable Diffusion, the decoder from half of
 the latents' resolution up; layers are chosen by that (`coarsest`), so that other networks get the
-same place. Transformers with joint attention exchange keys and values of the *image* tokens, in
-blocks from `depth` on; the text's stay their own. Layer 10 of 16 would be at 0.6, but a transformer
-keeps one resolution throughout: what its middle blocks borrow is not yet appearance alone, and
-shows as a grid of the source's tokens wherever the edit contradicts the source. So the default is
-0.8, the last of five blocks of the embedded model.
+same place. Of the decoder's three resolutions with attention that leaves the coarsest one free,
+where large areas are settled. A small network's decoder attends at two, and the coarser is half of
+the latents. So here the coarsest resolution of several stays free in any case (``layers="fine"``,
+on Stable Diffusion and SDXL the published choice; ``layers="decoder"`` goes by `coarsest` alone).
+Control begins at the step nearest to `start`, the second of 10. Of 21 edits of the embedded model
+in 10 steps the background gains 0.4 dB by both, and the score of the target 2.6 points of 77.
+
+What the source does not show the target cannot find in it: a background of another colour is the
+method's weak side (squared error to the true picture 0.13, Prompt-to-Prompt 0.03). A later start
+helps there, at the expense of objects (``start=0.4``: 0.08); better is another editor.
+
+Transformers with joint attention exchange keys and values of the *image* tokens, in blocks from
+`depth` on; the text's stay their own. Layer 10 of 16 would be at 0.6, but a transformer keeps one
+resolution throughout: what its middle blocks borrow is not yet appearance alone, and shows as a
+grid of the source's tokens wherever the edit contradicts the source. So the default is 0.8, the
+last of five blocks of the embedded model.
 
 The source prompt: the published code inverts real images with the prompt "" and runs the source
 branch with it. Here the inversion's own prompt is the default, since the trajectory was found with
@@ -57,7 +68,7 @@ from ..attention.store import AttentionStore
 from ..core.branches import Branch, rescale
 from ..core.control import Control
 from ..core.grid import Step
-from ..core.model import AttentionSite
+from ..core.model import AttentionSite, Model
 from ..core.registry import Paper, register
 from ..errors import RetourError, check_range
 from ._inject import borrowed, embed, lenders, part_of
@@ -75,8 +86,9 @@ class MasaCtrlOptions:
     """Options of MasaCtrl.
 
     Attributes:
-        start: fraction of the steps, from the noisy end, before control begins (4 of 50).
-        layers: the `decoder` of a UNet, or `all` its layers.
+        start: fraction of the steps, from the noisy end, before control begins (4 of 50, 1 of 10).
+        layers: the decoder of a UNet but for its coarsest attention (`fine`), the whole `decoder`,
+            or `all` layers.
         coarsest: coarsest layer controlled, as a fraction of the latents' edge; 0 for any.
         depth: first attention controlled in a transformer, as a fraction of its depth.
         source_prompt: prompt of the source branch: that of the `inversion`, or `empty`.
@@ -87,7 +99,7 @@ class MasaCtrlOptions:
     """
 
     start: float = 0.08
-    layers: Literal["decoder", "all"] = "decoder"
+    layers: Literal["fine", "decoder", "all"] = "fine"
     coarsest: float = 0.5
     depth: float = 0.8
     source_prompt: Literal["inversion", "empty"] = "inversion"
@@ -96,14 +108,25 @@ class MasaCtrlOptions:
     mask_threshold: float = 0.1
 
 
-def chosen_layers(sites: Sequence[AttentionSite], options: MasaCtrlOptions) -> frozenset[str]:
+def chosen_layers(model: Model, options: MasaCtrlOptions) -> frozenset[str]:
     """Names of the layers that may be controlled: a decoder's, or late blocks, one at least."""
-    found = [site for site in sites if site.kind != "cross"]
-    if options.layers == "decoder":
+    found = [site for site in model.attention_sites() if site.kind != "cross"]
+    if options.layers != "all":
         blocks = [site for site in found if site.place == "block"]
         first = min(part_of(options.depth, len(blocks)), len(blocks) - 1)
-        found = [site for site in found if site.place == "up"] + blocks[max(0, first) :]
+        decoder = [site for site in found if site.place == "up"]
+        if options.layers == "fine":
+            decoder = _fine(model, decoder)
+        found = decoder + blocks[max(0, first) :]
     return frozenset(site.name for site in found)
+
+
+def _fine(model: Model, sites: Sequence[AttentionSite]) -> list[AttentionSite]:
+    """The sites but for those of the coarsest resolution, if there are several."""
+    known = {site.name: site.factor for site in model.feature_sites()}
+    factors = {site.name: known.get(site.name, 1) for site in sites}
+    coarsest = max(factors.values(), default=1)
+    return [site for site in sites if factors[site.name] < coarsest] or list(sites)
 
 
 class MutualAttention(AttentionControl):
@@ -233,8 +256,8 @@ class MasaCtrl(Editor):
             RetourError: `masks` names words that the prompts do not hold, or a mask that is not
                 there.
         """
-        start = part_of(self.options.start, job.grid.steps)
-        layers = chosen_layers(job.model.attention_sites(), self.options)
+        start = round(self.options.start * job.grid.steps)
+        layers = chosen_layers(job.model, self.options)
         where = (start, layers, self.options.coarsest)
         if self.options.masks in OFF:
             return _Mutual(job, self.options, [MutualAttention(*where)])
