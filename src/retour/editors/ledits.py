@@ -15,7 +15,8 @@ concept c, and all that follows alike for the noise face,
   :math:`\lambda`.
 
 :math:`X_{src}` is guided as the inversion was, so that without concepts the source returns:
-``sde-dpm`` is the usual mate. The scales :math:`s_c` are the edit's guidance unless given.
+``sde-dpm`` is the paper's mate (``edit-friendly`` leaves less noise on small latents, see
+:mod:`retour.inverters.sde_dpm`). The scales :math:`s_c` are the edit's guidance unless given.
 
 *Whole prompts*, which other editors take, are told by their words: a target that keeps at least
 half of the source prompt's is one (``read`` says it outright). It is read as two concepts, the

@@ -5,6 +5,13 @@ ancestral one: independent noises at every level, the maps z with which SDE-DPM-
 through these states, and on the way back the same solver with the same maps. A second-order solver
 needs few steps: LEDITS++ inverts in 20 to 50, SCA attacks with 10.
 
+The second-order part extrapolates from predictions at two states that were noised independently:
+what another prompt changes in them comes back magnified, on small latents as speckles. There
+:mod:`.edit_friendly`, whose step is this one's first-order part, edits better: on `emoji-unet`,
+both in 10 steps at strength 0.8, the background is 2.1 dB [1.7, 2.5] nearer under `ledits` and 2.5
+dB [2.2, 2.9] under `p2p`, CLIP's fit of the target .872 in place of .827 and .870 in place of .810
+(56 edits).
+
 Where we deviate: published code falls back to first order in the last step of a short walk when
 sampling but not when inverting, so its source does not return; here one rule serves both ways, and
 the round trip is exact up to the network's own rounding (:math:`10^{-6}` in float32). It walks
