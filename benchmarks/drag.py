@@ -361,7 +361,8 @@ def figure(shown: Sequence[tuple[Case, Mapping[str, Image.Image]]], blocks: int 
             page.paste(large, (left + k * (side + 2), top))
             if number < blocks:
                 draw.text((left + k * (side + 2), 1), names[k], "black", font)
-    return page.quantize(256, dither=Image.Dither.NONE)
+    # A small file: 256 colours, and the rest by dithering.
+    return page.quantize(palette=page.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def sheet(shown: Sequence[tuple[Case, Mapping[str, Image.Image]]]) -> Image.Image:
