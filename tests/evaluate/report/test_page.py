@@ -55,7 +55,8 @@ def test_data_and_table_are_in_the_page(made, tmp_path):
     assert len(found) == 1 + 7 and len(data["items"]) == 7 and len(data["kinds"]) == 8
     assert data["cells"][""][0][0]["mean"] == "inf"
     for run in data["runs"]:
-        assert f'<span class="label">{run["label"]}</span>' in text
+        label = run["label"].replace("+", "+<wbr>")
+        assert f'<span class="label">{label}</span>' in text
     assert "retour bench --suite paired -o bench" in text and "5a1e5a1e" in text
 
 
