@@ -581,7 +581,12 @@ def test_a_scaled_object_is_read_between_cells_and_its_noise_stays_noise():
     stds = []
     for seed in range(30):
         editor, job, _ = job_of(
-            inv, mask(4, 4, 12, 12), drags="7.5,7.5>7.5,7.5*2", mode="move", seed=seed
+            inv,
+            mask(4, 4, 12, 12),
+            drags="7.5,7.5>7.5,7.5*2",
+            mode="move",
+            gaps="noise",
+            seed=seed,
         )
         last = editor._moved(job, inv.states["x"][-1:], inv.grid.times[-1:])[0, 0]
         stds.append(last.flatten(1)[:, m.gap])
