@@ -120,7 +120,8 @@ def test_drag_writes_picture_and_record(image, folder, monkeypatch, capsys):
     assert record["editor"] == "lazydrag" and record["inverter"] == "uniinv"
     assert record["targets"] == ["a red cat"] and record["prompts"] == ["a cat"]
     assert record["editor_options"]["band"] == "0" or record["editor_options"]["band"] == 0
-    assert printed["nfe"] == record["nfe"] == 3 + 4
+    # Two steps: N + 1 up; down half of the way, source and target.
+    assert printed["nfe"] == record["nfe"] == 3 + 2
     assert Image.open("out.png").size == (48, 32)
 
 
@@ -130,7 +131,7 @@ def test_pairs_act_together_or_in_turn(flag, rounds, image, folder, monkeypatch)
     more = ("--from", "12,16", "--to", "20,16", "--from", "20,16", "--to", "20,24")
     assert drag(image, folder, *more, *flag) == 0
     record = read_record("out.png")
-    assert len(record["rounds"]) == rounds and record["nfe"] == 7 * rounds
+    assert len(record["rounds"]) == rounds and record["nfe"] == (3 + 2) * rounds
     wanted = [["12,16>20,16", "20,16>20,24"]] if rounds == 1 else [["20,16>20,24"]]
     assert record["drags"] == wanted
 
