@@ -11,10 +11,10 @@ below DIR/work) is compared with the one in the docs: one with the same heads st
 is; from a wider one, such as a bench's with all metrics and all differences of two runs, the
 columns and rows of the docs are taken, and a difference that the docs turn round is turned round.
 
-Writes DIR/NAME.md (the table anew), DIR/NAME.txt (all that was printed) and DIR/tables.md, and says
-how many cells differ; seconds and memory always will on another machine. Killed and called again it
-goes on: blocks that are done are left out unless `--again`, a bench goes on within. `--write` puts
-the new tables into the docs. Ends with 1 if a table could not be rebuilt.
+Writes DIR/NAME.md (the table anew), DIR/NAME.txt (all that was printed) and DIR/tables.md (all with
+the cells that differ), and says how many do; seconds and memory always will on another machine.
+Killed and called again it goes on: blocks that are done are left out unless `--again`, a bench goes
+on within. `--write` puts the new tables into the docs. Ends with 1 if a table could not be rebuilt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.-])")
 # A measured value: a decimal number with nothing but its interval, a star or a unit behind it.
 FIGURE = re.compile(r"^-?\d*\.\d+(?:e-?\d+)?\*?(?: \[.*\])?(?: %)?$")
 GAP = " - "
+Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,15 @@ class Table:
     def figures(self) -> bool:
         """Whether anything in it was measured."""
         return any(FIGURE.match(cell) for row in self.rows for cell in row[1:])
+
+    def keyed(self) -> dict[Key, tuple[str, ...]]:
+        """Rows by their first cell and how often it stood above already."""
+        seen: Counter[str] = Counter()
+        rows = {}
+        for row in self.rows:
+            rows[row[0], seen[row[0]]] = row
+            seen[row[0]] += 1
+        return rows
 
     def __str__(self) -> str:
         rule = tuple("---" for _ in self.heads)
@@ -170,7 +181,8 @@ def rebuilt(wanted: Table, given: Sequence[Table]) -> Table | None:
             return table
     for table in given:
         columns = [_column(head, table.heads) for head in wanted.heads]
-        rows = [_row(row[0], table) for row in wanted.rows]
+        there = table.keyed()
+        rows = [_row(key, there) for key in wanted.keyed()]
         if None not in columns and None not in rows:
             cells = [tuple(row[k] for k in columns) for row in rows]  # type: ignore[index]
             kept = (tuple([old[0], *new[1:]]) for old, new in zip(wanted.rows, cells, strict=True))
@@ -191,12 +203,12 @@ def _within(few: Sequence[str], many: Sequence[str]) -> bool:
     return all(word in rest for word in few)
 
 
-def _row(label: str, table: Table) -> tuple[str, ...] | None:
-    rows = {row[0]: row for row in table.rows}
-    if label in rows:
-        return rows[label]
+def _row(key: Key, rows: Mapping[Key, tuple[str, ...]]) -> tuple[str, ...] | None:
+    if key in rows:
+        return rows[key]
+    label, time = key
     first, gap, second = label.partition(GAP)
-    turned = rows.get(f"{second}{GAP}{first}") if gap else None
+    turned = rows.get((f"{second}{GAP}{first}", time)) if gap else None
     return None if turned is None else (label, *map(_negated, turned[1:]))
 
 
@@ -210,16 +222,17 @@ def _negated(cell: str) -> str:
     return turned[0] + star + (f" [{turned[2]}, {turned[1]}]" if len(turned) == 3 else "")
 
 
-def differing(old: Table, new: Table) -> int:
-    """Cells of a new table that are not in the old one."""
-    before = {
-        (row[0], head): cell for row in old.rows for head, cell in zip(old.heads, row, strict=True)
-    }
-    return sum(
-        before.get((row[0], head)) != cell
-        for row in new.rows
-        for head, cell in zip(new.heads, row, strict=True)
-    )
+def differing(old: Table, new: Table) -> list[str]:
+    """The cells of a new table that are not in the old one: row, head, what was and what is."""
+    before, heads = old.keyed(), {head: k for k, head in enumerate(old.heads)}
+    found = []
+    for key, row in new.keyed().items():
+        for head, cell in zip(new.heads, row, strict=True):
+            known = key in before and head in heads
+            was = before[key][heads[head]] if known else None
+            if was != cell:
+                found.append(f"{row[0]}, {head}: {'none' if was is None else was} -> {cell}")
+    return found
 
 
 # --- Running --------------------------------------------------------------------------------------
@@ -266,23 +279,25 @@ def run(job: Job, out: Path, again: bool) -> bool:
 
 
 def settle(job: Job, out: Path, docs: Path, write: bool) -> tuple[list[str], list[str]]:
-    """The job's tables anew, and a word on each; those of the docs are replaced if asked."""
+    """The job's tables anew with what differs, and a word on each; if asked, into the docs."""
     file = out / job.name
     pages = {out / "work" / "docs" / place.page.relative_to(docs) for place in job.places}
     sources = [file.with_suffix(".txt"), *filter(Path.is_file, pages)]
     given = [t for source in sources for t in printed(source.read_text(encoding="utf-8"))]
-    made, said = [], []
+    tables, made, said = [], [], []
     for place in job.places:
         new = rebuilt(place.table, given)
         if new is None:
             said.append(f"not rebuilt: a table that {file.with_suffix('.txt')} does not print")
             continue
-        made.append(str(new))
         cells = sum(map(len, new.rows))
-        said.append(f"{cells} cells, {differing(place.table, new)} not as in the docs")
+        other = differing(place.table, new)
+        tables.append(str(new))
+        made.append("\n".join([str(new), *(f"- {line}" for line in other)]))
+        said.append(f"{cells} cells, {len(other)} not as in the docs")
         if write:
             _replace(place, new)
-    file.with_suffix(".md").write_text("\n".join(made), encoding="utf-8")
+    file.with_suffix(".md").write_text("\n".join(tables), encoding="utf-8")
     return made, said
 
 

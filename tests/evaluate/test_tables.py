@@ -87,7 +87,7 @@ def test_a_table_is_rebuilt_and_what_is_done_is_left_out(tables, docs, tmp_path,
     assert call(tables, docs, out) == 0
     assert "figures/first: 2 cells, 1 not as in the docs" in capsys.readouterr().out
     assert (out / "figures" / "first.md").read_text() == "| x | b |\n| --- | --- |\n| q | 4.5 |\n"
-    assert "| q | 4.5 |" in (out / "tables.md").read_text()
+    assert "| q | 4.5 |\n\n- q, b: 0.5 -> 4.5" in (out / "tables.md").read_text()
     assert call(tables, docs, out) == 0
     assert "done before" in capsys.readouterr().out
     assert (out / "work" / "count").read_text() == "run\n"
@@ -185,6 +185,21 @@ def test_columns_and_turned_differences_are_taken_from_a_wider_table(tables):
     assert tables.rebuilt(tables.Table(("run", "NFE"), (("c", ""),)), [wide]) is None
     # One with the very heads stands as it is: methods that came since are in it.
     assert tables.rebuilt(tables.Table(wide.heads, ()), [wide]) == wide
+
+
+def test_rows_of_one_name_are_told_apart_by_their_order(tables):
+    """Flow solvers have a row for each number of steps."""
+    heads = ("solver", "steps", "noise")
+    old = tables.Table(heads, (("euler", "4", "0.5"), ("euler", "8", "0.3"), ("heun", "4", "0.1")))
+    assert tables.differing(old, old) == []
+    new = tables.Table(heads, (*old.rows[:1], ("euler", "8", "0.2"), *old.rows[2:]))
+    assert tables.differing(old, new) == ["euler, noise: 0.3 -> 0.2"]
+    more = tables.Table(heads, (*old.rows, ("heun", "8", "0.0")))
+    assert [line.split(" -> ")[0] for line in tables.differing(old, more)] == [
+        f"heun, {head}: none" for head in heads
+    ]
+    few = tables.Table(("solver", "noise"), (("euler", ""), ("euler", "")))
+    assert tables.rebuilt(few, [old]).rows == (("euler", "0.5"), ("euler", "0.3"))
 
 
 def test_the_scripts_print_the_heads_of_their_tables_in_the_docs(tables):
