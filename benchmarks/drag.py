@@ -1,11 +1,13 @@
 """Did what was dragged arrive? LazyDrag against editing without a correspondence.
 
-    python benchmarks/drag.py [--model emoji-mmdit] [--pairs 24] [--sprites DIR] [--batch 8]
-                              [--steps N] [--guidance 1] [-E KEY=VALUE] [--figure FILE] [--out DIR]
+    python benchmarks/drag.py [--model emoji-mmdit] [--split public] [--pairs 24] [--sprites DIR]
+                              [--batch 8] [--steps N] [--guidance 1] [-E KEY=VALUE]
+                              [--figure FILE] [--out DIR]
 
 Objects of the paired set's position pairs shall be moved, and, with `--sprites` (a folder made by
-`python -m retour.data.sprites`), as many further ones shall grow or shrink where they stand. The
-true picture is known to the pixel, and so is where every point of the object belongs. Methods:
+`python -m retour.data.sprites`), as many further ones shall grow or shrink where they stand;
+`--split test` takes others, which nobody looked at while defaults were chosen. The true picture is
+known to the pixel, and so is where every point of the object belongs. Methods:
 
 - `copy-input`: nothing is done; mean distance is the whole way;
 - `prompt`: no correspondence: the same inversion, re-prompted with where (or how large) the object
@@ -57,13 +59,16 @@ from retour.editors._drag_map import Drag
 from retour.evaluate.drag import Matcher, NetworkFeatures, Patches
 from retour.evaluate.metrics import CnnTaps, background_distance, pixels, psnr
 from retour.evaluate.stats import mean_interval, paired_difference
-from retour.evaluate.suite import Suite
+from retour.evaluate.suite import PUBLIC, SPLITS, Suite
 from retour.io import atomic_write, plain, save_image, save_json, to_image, to_tensor
 from retour.record import versions
 
 POINTS, SHOWN, FIGURE, CELL, LABEL = 5, 6, 4, 112, 16
 SCALES = ((0.4, 0.65), (0.7, 0.45))
-CONCEPTS = "cat apple car star rose penguin house fish balloon strawberry rocket tulip".split()
+CONCEPTS = {
+    "public": "cat apple car star rose penguin house fish balloon strawberry rocket tulip",
+    "test": "dog banana tiger sunflower ghost lion castle octopus heart robot umbrella lemon",
+}
 BASELINE, OURS, COPY, CEILING = "prompt", "lazydrag", "copy-input", "vae ceiling"
 PARTS = ("noise moved", "tokens", "from noise", "start moved")
 METRICS = {
@@ -129,10 +134,10 @@ class Measure:
 # --- Cases ----------------------------------------------------------------------------------------
 
 
-def moved(count: int) -> list[Case]:
+def moved(count: int, split: str = PUBLIC) -> list[Case]:
     """Position pairs of the paired set."""
     cases = []
-    for item in Suite.paired().select(kinds=["change_position"], limit=count):
+    for item in Suite.paired(split).select(kinds=["change_position"], limit=count):
         assert item.edited is not None
         areas = [object_of(image) for image in (item.image, item.edited)]
         corners = [np.argwhere(area).min(0) for area in areas]
@@ -148,7 +153,7 @@ def moved(count: int) -> list[Case]:
     return cases
 
 
-def scaled(count: int, studio: Studio, concepts: Sequence[str] = CONCEPTS) -> list[Case]:
+def scaled(count: int, studio: Studio, concepts: Sequence[str]) -> list[Case]:
     """Objects drawn at two sizes in the middle of an even ground."""
     cases = []
     grounds = [name for name in BACKGROUNDS if name not in ("black", "white")]
@@ -387,6 +392,7 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="emoji-mmdit")
+    parser.add_argument("--split", choices=SPLITS, default=PUBLIC, help="of the paired set")
     parser.add_argument("--pairs", type=int, default=24, help="of each kind")
     parser.add_argument("--sprites", type=Path, help="cache of sprites, for scaled objects")
     parser.add_argument("--batch", type=int, default=8)
@@ -424,9 +430,10 @@ def main() -> None:
     given = options()
     model = retour.load(given.model)
     given.words = model.default_guidance if given.words is None else given.words
-    cases = moved(given.pairs)
+    cases = moved(given.pairs, given.split)
     if given.sprites is not None:
-        cases += scaled(given.pairs, Studio(load_sprites(given.sprites)))
+        studio = Studio(load_sprites(given.sprites))
+        cases += scaled(given.pairs, studio, CONCEPTS[given.split].split())
     matchers = Patches(), NetworkFeatures(retour.load("emoji-unet"))
     with quiet():
         measures, shown = run_all(model, cases, given, matchers)
@@ -443,6 +450,7 @@ def main() -> None:
     report = {
         "model": model.name,
         "fingerprint": model.fingerprint,
+        "split": given.split,
         "cases": len(cases),
         "matchers": [m.name for m in matchers],
         "options": given.options,

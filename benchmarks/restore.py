@@ -1,9 +1,10 @@
 """What FlowChef restores, against a classical method for each kind of damage.
 
-    python benchmarks/restore.py [--model emoji-mmdit] [--tasks NAMES] [--images 32] [--batch 16]
-                                 [--steps N] [-R KEY=VALUE] [--out DIR]
+    python benchmarks/restore.py [--model emoji-mmdit] [--split public] [--tasks NAMES]
+                                 [--images 32] [--batch 16] [--steps N] [-R KEY=VALUE] [--out DIR]
 
-Pictures of the paired set are damaged (TASKS) and restored by
+Pictures of the paired set are damaged (TASKS) and restored (`--split test` takes pictures that
+nobody looked at while defaults were chosen) by
 
 - `damaged`: what the measurement looks like as a picture;
 - `classical`: biharmonic inpainting, bicubic enlargement, Richardson-Lucy (`deblur`), Wiener
@@ -42,7 +43,7 @@ from retour.core.model import Model
 from retour.core.progress import quiet
 from retour.evaluate.metrics import pixels, psnr, ssim
 from retour.evaluate.stats import mean_interval, paired_difference
-from retour.evaluate.suite import Item, Suite
+from retour.evaluate.suite import PUBLIC, SPLITS, Item, Suite
 from retour.io import atomic_write, plain, save_image, save_json, to_image, to_tensor
 from retour.record import versions
 from retour.restorers.operators import (
@@ -308,6 +309,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="emoji-mmdit")
     parser.add_argument("--tasks", default=",".join(TASKS), help="names, with commas between")
+    parser.add_argument("--split", choices=SPLITS, default=PUBLIC, help="of the paired set")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, help="the model's own by default")
@@ -320,7 +322,7 @@ def main() -> None:
     """Run, print, write."""
     given = options()
     model = retour.load(given.model)
-    items = list(Suite.paired().select(limit=given.images))
+    items = list(Suite.paired(given.split).select(limit=given.images))
     chosen = dict(part.split("=", 1) for part in given.options)
     with quiet():
         measures, shown = run_all(
@@ -335,6 +337,7 @@ def main() -> None:
     report = {
         "model": model.name,
         "fingerprint": model.fingerprint,
+        "split": given.split,
         "images": len(items),
         "steps": model.default_steps if given.steps is None else given.steps,
         "options": chosen,

@@ -12,14 +12,15 @@ from retour.data import paired
 from retour.data.palette import BACKGROUNDS, OBJECT_COLOURS
 from retour.data.scenes import EDIT_KINDS, Item, Scene, Split, Studio
 from retour.data.sprites import Sprites
-from retour.evaluate.suite import Suite
+from retour.errors import RetourError
+from retour.evaluate.suite import SPLITS, Suite
 
 FOLDER = Path(retour.__file__).parent / "paired"
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return list(Suite.paired())
+@pytest.fixture(scope="module", params=SPLITS)
+def shipped(request):
+    return list(Suite.paired(request.param))
 
 
 def test_size_and_balance(shipped):
@@ -27,7 +28,7 @@ def test_size_and_balance(shipped):
     assert set(Counter(i.kind for i in shipped).values()) == {len(shipped) // len(EDIT_KINDS)}
     styles = Counter(i.source.split()[1] for i in shipped)
     assert max(styles.values()) == min(styles.values())
-    assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) < 2 * 2**20
+    assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) < 3 * 2**20
 
 
 def test_outside_the_mask_nothing_changes_and_inside_much_does(shipped):
@@ -57,8 +58,16 @@ def test_every_pair_is_another_one(shipped):
     assert {i.split for i in shipped} == {"train"}
 
 
-def test_brackets_mark_what_differs(shipped):
-    mapping = json.loads((FOLDER / "mapping_file.json").read_text())
+def test_the_splits_share_no_edit():
+    public, test = ({(i.source, i.target) for i in Suite.paired(name)} for name in SPLITS)
+    assert len(public) == len(test) and not public & test
+    with pytest.raises(RetourError, match=r"split of the paired set 'tests': did you mean 'test'"):
+        Suite.paired("tests")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_brackets_mark_what_differs(split):
+    mapping = json.loads((FOLDER / split / "mapping_file.json").read_text())
     assert all(isinstance(key, str) and len(key) == 12 for key in mapping)
     for entry in mapping.values():
         assert "[" in entry["original_prompt"] + entry["editing_prompt"]
@@ -99,6 +108,17 @@ def test_building_twice_gives_the_same_and_another_seed_does_not(studio, tmp_pat
     suites = (Suite.load(tmp_path / "one"), Suite.load(tmp_path / "again"))
     for one, again in zip(*suites, strict=True):
         assert np.array_equal(np.asarray(one.edited), np.asarray(again.edited))
+
+
+def test_edits_of_another_set_do_not_come_again(studio):
+    def drawn(apart=()):
+        builder = paired.Builder(studio, SPLIT, apart=apart)
+        return [paired.prompts(studio, pair) for pair in builder.pairs("object", 2)]
+
+    first = drawn()
+    assert drawn() == first
+    assert not {*drawn(apart=first[:1])} & {*first[:1]}
+    assert not {*drawn(apart=first)} & {*first}
 
 
 def test_nothing_held_out_is_shown(studio):

@@ -25,7 +25,7 @@ from retour.evaluate import folder as folders
 from retour.evaluate import runner
 from retour.evaluate.runner import bench
 from retour.evaluate.stats import mean_interval, paired_difference
-from retour.evaluate.suite import Suite
+from retour.evaluate.suite import SPLITS, Suite
 
 
 @pytest.fixture(scope="module")
@@ -367,9 +367,15 @@ def test_a_method_that_refuses_a_picture_is_named(model, tmp_path, monkeypatch):
         run(tmp_path / "out", model)
 
 
+def test_both_splits_of_the_paired_set_are_suites():
+    for split, name in SPLITS.items():
+        chosen = runner._suite(name, None)
+        assert chosen.name == name and chosen.items == Suite.paired(split).items
+
+
 def test_pie_bench_is_found_where_the_environment_says(monkeypatch):
     from importlib.resources import files
 
-    monkeypatch.setenv("RETOUR_PIE_BENCH", str(files("retour") / "paired"))
+    monkeypatch.setenv("RETOUR_PIE_BENCH", str(files("retour") / "paired" / "public"))
     bordered = next(iter(runner._suite("pie", None)))
     assert bordered.border and not next(iter(runner._suite("pie", False))).border

@@ -71,7 +71,10 @@ def bench(
     context: typer.Context,
     out: OutOpt,
     suite: Annotated[
-        str, typer.Option("--suite", help="paired, pie, or a folder in PIE-Bench's format.")
+        str,
+        typer.Option(
+            "--suite", help="paired, paired-test, pie, or a folder in PIE-Bench's format."
+        ),
     ] = "paired",
     inverters: Annotated[
         str | None,

@@ -1,12 +1,15 @@
-"""The paired benchmark set, which ships with retour.
+"""The paired benchmark set, which ships with retour in two splits.
 
-    python -m retour.data.paired --data SPRITES --out src/retour/paired
+    python -m retour.data.paired --data SPRITES --out src/retour/paired/public
+    python -m retour.data.paired --data SPRITES --out src/retour/paired/test --seed 2027 \\
+        --apart src/retour/paired/public
 
 Edits of emoji scenes whose true edited image and exact mask are known, in PIE-Bench's format
 (see :mod:`retour.evaluate.suite`). Every kind of edit has the same number of pairs, every style
 too. What is drawn at random is accepted only if people can see it: silhouettes stand out from
 the background, the change is strong, a restyled object keeps its outline and colours, and
-nothing shows a sprite that training did not see.
+nothing shows a sprite that training did not see. Defaults of methods were chosen while looking at
+pairs of the first split; the second one shows none of its edits.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import argparse
 import difflib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -44,7 +47,7 @@ from retour.data.scenes import (
     with_article,
 )
 from retour.data.sprites import load
-from retour.evaluate.suite import EDITED, IMAGES, KINDS, MAPPING, encode_mask
+from retour.evaluate.suite import EDITED, IMAGES, KINDS, MAPPING, Suite, encode_mask
 from retour.io import atomic_write
 
 SEED = 2026
@@ -146,10 +149,26 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class Builder:
-    """Draws pairs of each kind, the least used concepts first."""
+    """Draws pairs of each kind, the least used concepts first.
 
-    def __init__(self, studio: Studio, split: Split, seed: int = SEED, taste: Taste = Taste()):
+    Args:
+        studio: draws.
+        split: what training saw.
+        seed: of all choices.
+        taste: what a pair must satisfy.
+        apart: prompts (source, target) of edits that must not come again.
+    """
+
+    def __init__(
+        self,
+        studio: Studio,
+        split: Split,
+        seed: int = SEED,
+        taste: Taste = Taste(),
+        apart: Collection[tuple[str, str]] = (),
+    ):
         self.studio, self.split, self.seed, self.taste = studio, split, seed, taste
+        self.apart = frozenset(apart)
         self.used: Counter[str] = Counter()
         self.grounds: Counter[str] = Counter()
         self.nouns = sorted({noun for family in FAMILIES for noun in family})
@@ -177,7 +196,8 @@ class Builder:
         for _ in count():
             scene, edit, form = draw(rng, style)
             pair = self.studio.pair(scene, edit, form)
-            if _subjects(pair) not in seen and self.good(pair):
+            known = _subjects(pair) in seen or prompts(self.studio, pair) in self.apart
+            if not known and self.good(pair):
                 return pair
         raise AssertionError
 
@@ -385,10 +405,15 @@ def write_image(pixels: np.ndarray, path: Path) -> None:
 
 
 def build(
-    studio: Studio, split: Split, out: Path, seed: int = SEED, per_style: int = PER_STYLE
+    studio: Studio,
+    split: Split,
+    out: Path,
+    seed: int = SEED,
+    per_style: int = PER_STYLE,
+    apart: Collection[tuple[str, str]] = (),
 ) -> int:
     """Write the whole set to `out` and return the number of its pairs."""
-    builder, lines = Builder(studio, split, seed), []
+    builder, lines = Builder(studio, split, seed, apart=apart), []
     for kind in EDIT_KINDS:
         pairs = list(builder.pairs(kind, per_style))
         type_id = TYPE_IDS[kind]
@@ -410,9 +435,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the sprite cache")
     parser.add_argument("--out", type=Path, required=True, help="folder of the set")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--apart", type=Path, help="folder of a set: its edits shall not come")
     options = parser.parse_args()
     studio = Studio(load(options.data))
-    count_ = build(studio, make_split(studio.sprites), options.out, options.seed)
+    other = () if options.apart is None else Suite.load(options.apart)
+    apart = {(item.source, item.target) for item in other}
+    split = make_split(studio.sprites)
+    count_ = build(studio, split, options.out, options.seed, apart=apart)
     print(f"{count_} pairs in {options.out}")
 
 

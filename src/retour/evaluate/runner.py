@@ -41,14 +41,14 @@ from .folder import CACHE, RESULTS, SUMMARY, Folder, read_plan
 from .metrics import Backbones, Convention
 from .plan import PLAIN, Run, check_grid, choose_pairs, make_runs, make_tasks, names
 from .scores import Meter
-from .suite import Suite
+from .suite import PUBLIC, SPLITS, Suite
 from .summary import markdown, summarise
 from .work import Piece
 
 FORMAT = "retour-bench/1"
 STEPS = 20
 BATCH = 16
-PIE, PAIRED = "pie", "paired"
+PIE = "pie"
 PIE_FOLDER = "RETOUR_PIE_BENCH"
 Names = str | Iterable[str] | None
 
@@ -95,7 +95,7 @@ class Bench:
 def bench(
     out: str | PathLike[str],
     *,
-    suite: str | PathLike[str] | Suite = PAIRED,
+    suite: str | PathLike[str] | Suite = SPLITS[PUBLIC],
     inverters: Names = None,
     editors: Names = None,
     pairs: Names = None,
@@ -126,9 +126,10 @@ def bench(
 
     Args:
         out: its folder; a new or empty one, or one that the same arguments began.
-        suite: `paired`, the set that ships with retour; `pie`, the real PIE-Bench in the folder
-            that the environment variable RETOUR_PIE_BENCH names; a folder in PIE-Bench's format; or
-            a loaded set.
+        suite: `paired`, the set that ships with retour; `paired-test`, its second split, by whose
+            edits no default was chosen; `pie`, the real PIE-Bench in the folder that the
+            environment variable RETOUR_PIE_BENCH names; a folder in PIE-Bench's format; or a
+            loaded set.
         inverters: names, each run with each of the editors; none: every editor with its own.
         editors: names.
         pairs: further `inverter+editor`, or editors alone.
@@ -279,8 +280,9 @@ def _ordered(rows: Rows, runs: Sequence[Run], items: Sequence[str]) -> Rows:
 def _suite(given: str | PathLike[str] | Suite, border: bool | None) -> Suite:
     if isinstance(given, Suite):
         return given
-    if given == PAIRED:
-        return Suite.paired()
+    for split, name in SPLITS.items():
+        if given == name:
+            return Suite.paired(split)
     if given != PIE:
         return Suite.load(given, border=bool(border))
     place = environ.get(PIE_FOLDER)

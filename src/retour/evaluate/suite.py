@@ -51,6 +51,8 @@ KINDS = {
     "9": "change_style",
     "10": "change_position",
 }
+PUBLIC = "public"
+SPLITS = {PUBLIC: "paired", "test": "paired-test"}
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 LARGEST_MAPPING = 256 * 2**20
 _TEXTS = ("image_path", "original_prompt", "editing_prompt")
@@ -158,9 +160,19 @@ class Suite:
         return cls(folder.resolve().name, items)
 
     @classmethod
-    def paired(cls) -> Suite:
-        """The set that ships with retour: emoji scenes whose true edited image is known."""
-        return cls.load(Path(str(files("retour") / "paired")))
+    def paired(cls, split: str = PUBLIC) -> Suite:
+        """The set that ships with retour: emoji scenes whose true edited image is known.
+
+        Args:
+            split: `public`, or `test`: as many other edits, by which no default was chosen.
+
+        Raises:
+            RetourError: there is no such split.
+        """
+        if split not in SPLITS:
+            raise unknown("split of the paired set", split, SPLITS)
+        shipped = cls.load(Path(str(files("retour") / "paired" / split)))
+        return replace(shipped, name=SPLITS[split])
 
     def __len__(self) -> int:
         return len(self.items)
