@@ -9,8 +9,9 @@ SOURCES := pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/retour demo
 
+# A file's tests stay together, since they share what they build.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
