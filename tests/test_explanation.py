@@ -15,7 +15,8 @@ import retour
 import tiny
 from problems import PATHS, ProblemModel, pictures
 from retour import heat
-from retour.attention.hooks import AttentionControl, hooked
+from retour.attention.control import AttentionControl
+from retour.attention.hooks import hooked
 from retour.core.branches import Branch, Denoiser
 
 SOURCE, TARGET = "a red apple on a blue background", "a cat on a blue background"

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from . import api
-from .attention.hooks import AttentionCall, AttentionControl
+from .attention.control import AttentionCall, AttentionControl
 from .attention.store import AttentionStore
 from .core.branches import Branch, Denoiser
 from .core.control import Control

@@ -1,6 +1,6 @@
 """Attention controls that watch, and one that disturbs."""
 
-from retour.attention.hooks import AttentionControl
+from retour.attention.control import AttentionControl
 from retour.core.control import Control
 
 

@@ -6,7 +6,7 @@ import torch
 import retour
 from attention.spies import AsControl, Maps
 from inverters.jobs import tiny_model, tiny_picture
-from retour.attention.hooks import AttentionControl
+from retour.attention.control import AttentionControl
 from retour.core.branches import Branch, Denoiser
 from retour.core.loop import walk
 from retour.core.model import Tokens, Word

@@ -11,7 +11,7 @@ from PIL import Image
 import retour
 import tiny
 from editors import runs
-from retour.attention.hooks import AttentionCall, AttentionControl
+from retour.attention.control import AttentionCall, AttentionControl
 from retour.core.branches import Branch, Denoiser, Rows
 from retour.core.control import Control
 from retour.core.grid import Grid, Step, flow_grid

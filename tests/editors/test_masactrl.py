@@ -8,7 +8,7 @@ import torch
 from attention.spies import AsControl, Maps
 from editors.runs import SOLVER, denoiser, edit, inversion, model, noise
 from editors.shapes import layout
-from retour.attention.hooks import AttentionCall, AttentionControl
+from retour.attention.control import AttentionCall, AttentionControl
 from retour.core import registry
 from retour.core.branches import Row, Rows, Wrapped
 from retour.core.control import Chain, Control

@@ -10,8 +10,8 @@ import retour
 from attention.spies import AsControl
 from editors.runs import edit, inversion, model, noise
 from editors.shapes import layout
+from retour.attention.control import AttentionControl
 from retour.attention.features import FeatureControl
-from retour.attention.hooks import AttentionControl
 from retour.core import registry
 from retour.core.branches import Wrapped
 from retour.core.control import Control

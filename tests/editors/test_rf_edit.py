@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from editors.runs import SOLVER, denoiser, edit, inversion, model, noise
-from retour.attention.hooks import AttentionControl
+from retour.attention.control import AttentionControl
 from retour.core.branches import Branch, Denoiser, Row, Rows
 from retour.core.control import Control
 from retour.core.grid import Grid

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import retour
 import tiny
 from editors import runs
-from retour.attention.hooks import AttentionCall
+from retour.attention.control import AttentionCall
 from retour.captions import captioner
 from retour.core.branches import Branch, Denoiser, Layout, Row, Rows
 from retour.core.grid import Step

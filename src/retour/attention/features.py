@@ -24,7 +24,7 @@ from torch import Tensor
 from ..core.branches import Denoiser, Rows
 from ..core.grid import Step
 from ..core.model import FeatureSite
-from .hooks import Hooks, tapped
+from ._tap import Hooks, tapped
 
 
 @dataclass(frozen=True)

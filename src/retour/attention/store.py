@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.model import AttentionSite
 from ..errors import RetourError
-from .hooks import AttentionCall, AttentionControl
+from .control import AttentionCall, AttentionControl
 
 Key = tuple[str, int, int]
 

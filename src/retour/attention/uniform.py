@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.model import AttentionSite
-from .hooks import AttentionCall, AttentionControl
+from .control import AttentionCall, AttentionControl
 
 
 class UniformMaps(AttentionControl):

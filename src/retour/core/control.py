@@ -17,8 +17,8 @@ from .guidance import Guidance
 from .state import State
 
 if TYPE_CHECKING:
+    from ..attention.control import AttentionControl
     from ..attention.features import FeatureControl
-    from ..attention.hooks import AttentionControl
 
 
 class Control:

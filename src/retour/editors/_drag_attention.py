@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..attention.hooks import AttentionCall, AttentionControl, Rotary
+from ..attention.control import AttentionCall, AttentionControl, Rotary
 from ..core.grid import Step
 from ..core.model import AttentionSite
 from ._drag_map import DragMap

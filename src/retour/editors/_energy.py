@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.control import AttentionCall, AttentionControl
 from ..attention.features import FeatureCall, FeatureControl, watched
-from ..attention.hooks import AttentionCall, AttentionControl, hooked
+from ..attention.hooks import hooked
 from ..core.branches import Branch, Denoiser, Wrapped
 from ..core.model import AttentionSite, Condition, FeatureSite, Model
 

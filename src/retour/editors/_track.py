@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..attention.hooks import AttentionControl
+from ..attention.control import AttentionControl
 from ..core.branches import Branch, Denoiser, Layout
 from ..core.control import Control
 from ..core.grid import Step

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.hooks import AttentionCall, AttentionControl
+from ..attention.control import AttentionCall, AttentionControl
 from ..core.branches import Rows
 from ..core.grid import Step
 from ..core.model import AttentionSite, Tokens

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.hooks import AttentionControl
+from ..attention.control import AttentionControl
 from ..attention.store import AttentionStore
 from ..core.branches import Layout
 from ..core.control import Control

@@ -44,7 +44,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..attention.hooks import AttentionControl
+from ..attention.control import AttentionControl
 from ..attention.store import AttentionStore
 from ..core.branches import Branch, Layout, rescale
 from ..core.control import Control

@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.hooks import AttentionControl
+from ..attention.control import AttentionControl
 from ..core.branches import Branch, Denoiser, Layout, rescale
 from ..core.control import Chain, Control
 from ..core.grid import Step

@@ -55,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.hooks import AttentionCall, AttentionControl
+from ..attention.control import AttentionCall, AttentionControl
 from ..attention.store import AttentionStore
 from ..core.branches import Branch, Denoiser, Layout, Wrapped
 from ..core.control import Control

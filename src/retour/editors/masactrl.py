@@ -63,7 +63,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.hooks import AttentionCall, AttentionControl
+from ..attention.control import AttentionCall, AttentionControl
 from ..attention.store import AttentionStore
 from ..core.branches import Branch, rescale
 from ..core.control import Control

@@ -46,7 +46,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..attention.hooks import AttentionCall, AttentionControl
+from ..attention.control import AttentionCall, AttentionControl
 from ..core.branches import Rows
 from ..core.control import Chain, Control
 from ..core.model import Tokens

@@ -38,8 +38,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..attention.control import AttentionCall, AttentionControl
 from ..attention.features import FeatureCall, FeatureControl
-from ..attention.hooks import AttentionCall, AttentionControl
 from ..core.branches import Branch, Layout
 from ..core.control import Chain, Control
 from ..core.grid import Step

@@ -43,7 +43,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..attention.hooks import AttentionCall, AttentionControl, hooked
+from ..attention.control import AttentionCall, AttentionControl
+from ..attention.hooks import hooked
 from ..core.branches import Branch, Denoiser, Layout, Wrapped
 from ..core.control import Control
 from ..core.grid import Step

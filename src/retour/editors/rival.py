@@ -47,7 +47,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..attention.hooks import AttentionCall, AttentionControl
+from ..attention.control import AttentionCall, AttentionControl
 from ..core.branches import Branch, Denoiser, Layout, Wrapped
 from ..core.control import Control
 from ..core.grid import Step

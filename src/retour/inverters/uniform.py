@@ -45,7 +45,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..attention.hooks import AttentionControl
+from ..attention.control import AttentionControl
 from ..attention.uniform import UniformMaps
 from ..core.branches import Branch, Layout
 from ..core.control import Control
