@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .captions import propose
+from ._inputs import (
+    MAX_GUIDANCE,
+    ModelLike,
+    as_model,
+    fit_all,
+    guidance_of,
+    masks_of,
+    prompts_or_proposed,
+    targets_of,
+)
+from ._pairs import refuse_impossible, usual_inverter
 from .core.branches import Branch, Denoiser, Layout
 from .core.control import Control
 from .core.guidance import Guidance
@@ -23,28 +33,27 @@ from .core.registry import Entry, entries, get
 from .core.state import Inversion
 from .editors.base import EditJob, Start
 from .editors.blend import MaskBlend
-from .errors import RetourError, check_finite, check_range
+from .errors import RetourError, check_finite
 from .inverters.base import Job, Replay
-from .io import (
-    Clip,
-    Placement,
-    fit,
-    fit_clip,
-    read_clip,
-    read_image,
-    to_clip,
-    to_image,
-    to_tensor,
-)
-from .models.load import load
+from .io import Clip, Placement, to_clip, to_image, to_tensor
 from .pictures import Pictures
 from .record import describe_run
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-ModelLike: TypeAlias = "Model | DiffusionPipeline | str"
-MAX_GUIDANCE = 100.0
+__all__ = [
+    "MAX_GUIDANCE",
+    "ModelLike",
+    "Result",
+    "as_model",
+    "cite",
+    "decode",
+    "edit",
+    "encode",
+    "invert",
+    "methods",
+    "reconstruct",
+    "refuse_impossible",
+    "usual_inverter",
+]
 
 
 @dataclass
@@ -133,9 +142,10 @@ def invert(
     entry = get("invert", method)
     inverter = entry.make(**options)
     refuse_impossible(model, entry)
-    pictures, placements = _fit_all(model, image)
-    prompts, proposed = _prompts(prompt, pictures)
-    scale = _guidance(model, guidance)
+    pictures, placements = fit_all(model, image)
+    prompts, proposed = prompts_or_proposed(prompt, pictures)
+    scale = guidance_of(model, guidance)
+    steps = model.default_steps if steps is None else steps
     ledger = Ledger()
     height, width = placements[0].canvas[1], placements[0].canvas[0]
     job = Job(
@@ -143,7 +153,7 @@ def invert(
         latents=encode(model, pictures),
         condition=model.embed(prompts, size=(height, width)),
         negative=model.embed([negative] * len(prompts), size=(height, width)),
-        grid=model.grid(_steps(model, steps), size=(height, width)),
+        grid=model.grid(steps, size=(height, width)),
         guidance=scale,
         generator=torch.Generator().manual_seed(seed),
         rule=rule,
@@ -169,37 +179,6 @@ def invert(
     return inversion
 
 
-def usual_inverter(editor: str, model: Model) -> str:
-    """The inverter that an editor goes with, or the default one where the model cannot serve it."""
-    mate = get("invert", get("edit", editor).mate)
-    return mate.name if mate.needs <= model.capabilities else "direct"
-
-
-def as_model(model: ModelLike) -> Model:
-    """Load names, folders and pipelines; pass models through."""
-    return model if isinstance(model, Model) else load(model)
-
-
-def refuse_impossible(model: Model, *chosen: Entry) -> None:
-    """Refuse methods that this model, or each other, cannot serve, in one sentence."""
-    for entry in chosen:
-        missing = entry.needs - model.capabilities
-        if missing:
-            others = [e.name for e in entries(entry.task) if e.needs <= model.capabilities]
-            raise RetourError(
-                f"{entry.task} method {entry.name!r} needs {', '.join(sorted(missing))}, which "
-                f"model {model.name!r} does not offer: use {', '.join(others)}"
-            )
-    provided = frozenset().union(*(e.provides for e in chosen))
-    for entry in chosen:
-        if not entry.requires <= provided:
-            fitting = [e.name for e in entries("invert") if entry.requires <= e.provides]
-            raise RetourError(
-                f"editor {entry.name!r} does not go with inverter {chosen[0].name!r}: "
-                f"use one of {', '.join(fitting)}"
-            )
-
-
 def encode(model: Model, pictures: Sequence[Image.Image | Clip]) -> Tensor:
     """Pictures of one size -> float64 latents (B, C, h, w); clips -> (B, C, f, h, w)."""
     latents = model.encode(torch.stack([to_tensor(p) for p in pictures]))
@@ -212,48 +191,6 @@ def decode(model: Model, latents: Tensor) -> list[Any]:
     check_finite(latents, "the edited latents", "use more steps or a smaller guidance")
     show = to_clip if "video" in model.capabilities else to_image
     return [show(pixels) for pixels in model.decode(latents)]
-
-
-def _fit_all(model: Model, image: Any) -> tuple[list[Any], list[Placement]]:
-    sources = list(image) if isinstance(image, (list, tuple)) else [image]
-    if not sources:
-        raise RetourError("there is no image to invert: pass at least one")
-    size: dict[str, Any] = {"native": model.native, "multiple": model.multiple}
-    if "video" in model.capabilities:
-        fitted: list[tuple[Any, Placement]] = [fit_clip(read_clip(s), **size) for s in sources]
-    else:
-        fitted = [fit(read_image(s), **size) for s in sources]
-    sizes = sorted({p.canvas for _, p in fitted})
-    if len(sizes) > 1:
-        listed = ", ".join(f"{w} x {h}" for w, h in sizes)
-        raise RetourError(
-            f"the images of one batch must fit the model at one size, these need {listed}: "
-            "invert them in batches of equal aspect ratio"
-        )
-    return [picture for picture, _ in fitted], [placement for _, placement in fitted]
-
-
-def _prompts(
-    prompt: str | Sequence[str] | None, pictures: Sequence[Image.Image | Clip]
-) -> tuple[tuple[str, ...], bool]:
-    if prompt is None:
-        stills = [p.still if isinstance(p, Clip) else p for p in pictures]
-        return tuple(propose(stills)), True
-    given = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
-    if len(given) != len(pictures):
-        raise RetourError(f"{len(given)} prompts for {len(pictures)} images: give one or one each")
-    return tuple(given), False
-
-
-def _steps(model: Model, steps: int | None) -> int:
-    return model.default_steps if steps is None else steps
-
-
-def _guidance(model: Model, guidance: float | None) -> float:
-    if guidance is None:
-        return model.default_guidance
-    check_range("guidance", guidance, 0, MAX_GUIDANCE)
-    return float(guidance)
 
 
 def _cut(model: Model, prompts: Sequence[str]) -> dict[str, str]:
@@ -272,7 +209,7 @@ def reconstruct(inversion: Inversion, *, guidance: float | None = None) -> Resul
         guidance: guidance scale; None takes the one it was made for.
     """
     model = _model_of(inversion)
-    scale = inversion.guidance if guidance is None else _guidance(model, guidance)
+    scale = inversion.guidance if guidance is None else guidance_of(model, guidance)
     replay = _replay(inversion, model)
     denoiser = Denoiser(model, [_branch("source", inversion.condition, inversion, scale)])
     latents = _descend(replay, inversion, denoiser, Start(replay.state, inversion.grid.steps))
@@ -313,14 +250,14 @@ def edit(
     entry, method = get("edit", editor), get("invert", inversion.method)
     plan = entry.make(**options)
     refuse_impossible(model, method, entry)
-    targets = _targets(target, inversion)
-    scale = inversion.guidance if guidance is None else _guidance(model, guidance)
+    targets = targets_of(target, inversion.images)
+    scale = inversion.guidance if guidance is None else guidance_of(model, guidance)
     replay = plan.replay(_replay(inversion, model))
     source = plan.source_branch or replay.source_branch
     denoiser = _edit_denoiser(model, inversion, targets, scale, source, rule)
     denoiser.branches = plan.arrange(denoiser.branches)
     job = EditJob(
-        model, inversion, denoiser.layout, targets, inversion.grid, _mask(mask, inversion)
+        model, inversion, denoiser.layout, targets, inversion.grid, masks_of(mask, inversion)
     )
     controls = [plan.control(job)]
     if job.mask is not None and not plan.masks:
@@ -360,24 +297,6 @@ def _branch(name: str, condition: Condition, inversion: Inversion, scale: float)
     return Branch(name, condition, inversion.negative, scale)
 
 
-def _targets(target: str | Sequence[str], inversion: Inversion) -> dict[str, tuple[str, ...]]:
-    images = inversion.images
-    given = [target] if isinstance(target, str) else list(target)
-    if not given or not all(isinstance(t, str) for t in given):
-        raise RetourError(f"target must be a prompt or a list of prompts, got {target!r}")
-    if not all(t.strip() for t in given):
-        raise RetourError(f"a target prompt is empty: say what the edit shall show, got {given!r}")
-    if len(given) == 1:
-        return {"target": tuple(given * images)}
-    if images == 1:
-        return {f"target{k}": (prompt,) for k, prompt in enumerate(given)}
-    if len(given) == images:
-        return {"target": tuple(given)}
-    raise RetourError(
-        f"{len(given)} target prompts for {images} images: give one, or one for each image"
-    )
-
-
 def _edit_denoiser(
     model: Model,
     inversion: Inversion,
@@ -391,28 +310,6 @@ def _edit_denoiser(
         condition = model.embed(prompts, size=inversion.size)
         branches.append(_branch(name, condition, inversion, scale))
     return Denoiser(model, branches, guidance=rule)
-
-
-def _mask(mask: Any, inversion: Inversion) -> Tensor | None:
-    if mask is None:
-        return None
-    given = list(mask) if isinstance(mask, (list, tuple)) else [mask] * inversion.images
-    if len(given) != inversion.images:
-        raise RetourError(
-            f"{len(given)} masks for {inversion.images} images: give one, or one for each image"
-        )
-    size = (inversion.latents.shape[-1], inversion.latents.shape[-2])
-    values = torch.stack([_read_mask(one, size) for one in given])
-    # One mask for all frames of a clip.
-    return values if inversion.latents.ndim == 4 else values[:, :, None]
-
-
-def _read_mask(mask: Any, size: tuple[int, int]) -> Tensor:
-    picture = read_image(mask).convert("L").resize(size, Image.Resampling.BOX)
-    values = to_tensor(picture.convert("RGB"))[:1].double() / 2 + 0.5
-    if float(values.max()) == 0:
-        raise RetourError("the mask is black everywhere: paint white where the edit may act")
-    return values
 
 
 def _replay(inversion: Inversion, model: Model) -> Replay:

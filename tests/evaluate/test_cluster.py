@@ -26,7 +26,7 @@ import tiny
 from evaluate import benches
 from retour.errors import RetourError
 from retour.evaluate import cluster as clusters
-from retour.evaluate.engine import Order
+from retour.evaluate.engine import Order, Setup
 from retour.evaluate.plan import Run, Task
 from retour.evaluate.runner import bench
 from retour.evaluate.scores import Meter
@@ -49,7 +49,7 @@ def ray(request):
         ray.init(
             address="local",
             num_cpus=2,
-            num_gpus=0,
+            num_gpus=2,  # Ray takes our word for it, and hands them out as it would real ones.
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=128 * 2**20,
@@ -247,11 +247,35 @@ def test_all_workers_are_used_and_let_go():
     assert ray.hired == ray.killed == 2
 
 
-def test_a_cluster_without_gpu_is_refused_for_a_gpu_model(ray):
+def test_every_worker_has_a_gpu_of_its_own(ray, monkeypatch):
+    class Teller:
+        """In the test, since its workers cannot import this file."""
+
+        def __init__(self, setup):
+            self.setup = setup
+
+        def pieces(self, task, cases, todo):
+            time.sleep(0.2)  # The other one shall not be idle.
+            return [(os.getpid(), self.setup.device, os.environ.get("CUDA_VISIBLE_DEVICES"))]
+
+    monkeypatch.setattr(clusters, "Hand", Teller)
+    setup = Setup("tiny", "0" * 16, Meter(("background_psnr",)), device="cuda:1")
+    run = Run("ddim+p2p", "ddim", {}, "p2p", {}, 2, 3.0)
+    orders = [Order(Task(k, ("a",), (run,)), (), ("ddim+p2p",)) for k in range(4)]
+    told = list(clusters.cluster(setup)(orders))
+    assert len(told) == 4 and {device for _, device, _ in told} == {"cuda"}
+    seen = {process: gpu for process, _, gpu in told}
+    assert sorted(seen.values()) == ["0", "1"]
+
+
+def test_there_are_as_many_workers_as_gpus_or_as_cpus_allow():
+    def room(cpus, **there):
+        fake = SimpleNamespace(cluster_resources=lambda: {"CPU": 8.0, **there})
+        return clusters._workers(fake, {"num_cpus": cpus, "num_gpus": int("GPU" in there)})
+
+    assert [room(1), room(3), room(16), room(1, GPU=4.0)] == [8, 2, 1, 4]
     with pytest.raises(RetourError, match="no GPU"):
-        clusters._workers(ray, {"num_cpus": 1, "num_gpus": 1})
-    assert clusters._workers(ray, {"num_cpus": 1, "num_gpus": 0}) == 2
-    assert clusters._workers(ray, {"num_cpus": 4, "num_gpus": 0}) == 1
+        room(1, GPU=0.0)
 
 
 def test_a_cluster_needs_a_worker(folder, tmp_path):
