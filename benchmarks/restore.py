@@ -1,7 +1,8 @@
 """What FlowChef restores, against a classical method for each kind of damage.
 
     python benchmarks/restore.py [--model emoji-mmdit] [--split public] [--tasks NAMES]
-                                 [--images 32] [--batch 16] [--steps N] [-R KEY=VALUE] [--out DIR]
+                                 [--images 32] [--batch 16] [--steps N] [-R KEY=VALUE]
+                                 [--figure FILE] [--out DIR]
 
 Pictures of the paired set are damaged (TASKS) and restored (`--split test` takes pictures that
 nobody looked at while defaults were chosen) by
@@ -281,24 +282,22 @@ def comparison(measures: Sequence[Measure]) -> list[str]:
     return lines
 
 
-def sheet(shown: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> Image.Image:
-    """Rows: pictures of a task; columns: the methods."""
+def sheet(shown: Mapping[str, Mapping[str, Sequence[Tensor]]], each: int = SHOWN) -> Image.Image:
+    """Rows: `each` pictures of every task; columns: the methods."""
     columns = list(dict.fromkeys(m for kept in shown.values() for m in kept))
-    rows = [(t, k) for t, kept in shown.items() for k in range(min(SHOWN, len(kept["true"])))]
-    page = Image.new("RGB", (len(columns) * (CELL + 4), len(rows) * (CELL + 4) + LABEL), "white")
-    page = page.crop((-LABEL * 4, 0, page.width, page.height))
-    page.paste("white", (0, 0, LABEL * 4, page.height))
+    rows = [(t, k) for t, kept in shown.items() for k in range(min(each, len(kept["true"])))]
+    left, top, step = 6 * LABEL, 2 * LABEL, CELL + 4
+    page = Image.new("RGB", (left + len(columns) * step, top + len(rows) * step), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     for x, method in enumerate(columns):
-        draw.text((4 * LABEL + x * (CELL + 4), 1), method, "black", font)
+        draw.multiline_text((left + x * step, 1), method.replace(", ", ",\n"), "black", font)
     for y, (task, k) in enumerate(rows):
-        top = LABEL + y * (CELL + 4)
-        draw.text((2, top + CELL // 2), task, "black", font)
+        draw.text((2, top + y * step + CELL // 2), task, "black", font)
         for x, method in enumerate(columns):
             if method in shown[task]:
                 image = to_image(2 * shown[task][method][k] - 1)
                 image = image.resize((CELL, CELL), Image.Resampling.LANCZOS)
-                page.paste(image, (4 * LABEL + x * (CELL + 4), top))
+                page.paste(image, (left + x * step, top + y * step))
     return page
 
 
@@ -314,6 +313,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, help="the model's own by default")
     parser.add_argument("-R", dest="options", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--figure", type=Path, help="also a small sheet, a row for each task")
     parser.add_argument("--out", type=Path, default=Path("runs/restore"))
     return parser.parse_args()
 
@@ -334,6 +334,10 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(asdict(m) for m in measures)
     save_image(sheet(shown), given.out / "restore.png")
+    if given.figure is not None:
+        # A small file: 256 colours, and the rest by dithering.
+        page = sheet(shown, 1)
+        save_image(page.quantize(palette=page.quantize(256)), given.figure)
     report = {
         "model": model.name,
         "fingerprint": model.fingerprint,

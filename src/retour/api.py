@@ -33,10 +33,10 @@ from .core.registry import Entry, entries, get
 from .core.state import Inversion
 from .editors.base import EditJob, Start
 from .editors.blend import MaskBlend
-from .errors import RetourError, check_finite
+from .errors import check_finite
 from .inverters.base import Job, Replay
 from .io import Clip, Placement, to_clip, to_image, to_tensor
-from .pictures import Pictures
+from .pictures import Pictures, placements_in
 from .record import describe_run
 
 __all__ = [
@@ -208,7 +208,7 @@ def reconstruct(inversion: Inversion, *, guidance: float | None = None) -> Resul
         inversion: from :func:`invert`, with its model attached.
         guidance: guidance scale; None takes the one it was made for.
     """
-    model = _model_of(inversion)
+    model = inversion.attached()
     scale = inversion.guidance if guidance is None else guidance_of(model, guidance)
     replay = _replay(inversion, model)
     denoiser = Denoiser(model, [_branch("source", inversion.condition, inversion, scale)])
@@ -246,7 +246,7 @@ def edit(
     Raises:
         RetourError: for input that cannot be used, before any work.
     """
-    model = _model_of(inversion)
+    model = inversion.attached()
     entry, method = get("edit", editor), get("invert", inversion.method)
     plan = entry.make(**options)
     refuse_impossible(model, method, entry)
@@ -282,15 +282,6 @@ def edit(
     record["nfe_edit"] = record["nfe"]
     record["nfe"] = record["nfe_edit"] + inversion.record.get("nfe", 0.0)
     return _edit_result(model, latents, inversion, denoiser.layout, record)
-
-
-def _model_of(inversion: Inversion) -> Model:
-    if inversion.model is None:
-        raise RetourError(
-            f"this inversion has no model attached: load {inversion.model_name!r} and pass it to "
-            "Inversion.load(path, model)"
-        )
-    return inversion.model
 
 
 def _branch(name: str, condition: Condition, inversion: Inversion, scale: float) -> Branch:
@@ -340,14 +331,10 @@ def _descend(
     return end.x
 
 
-def _placements(inversion: Inversion) -> list[Placement]:
-    return [Placement.read(told) for told in inversion.record.get("placements", [])]
-
-
 def _result(
     model: Model, latents: Tensor, inversion: Inversion, record: dict[str, Any], copies: int = 1
 ) -> Result:
-    placements = _placements(inversion) * copies
+    placements = placements_in(inversion.record) * copies
     images = decode(model, latents)
     for index, (image, place) in enumerate(zip(images, placements, strict=False)):
         if isinstance(image, Clip) and place.duration is not None:

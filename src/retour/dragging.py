@@ -10,6 +10,7 @@ import numpy
 from PIL import Image
 
 from . import api
+from ._inputs import listed
 from .core.registry import get
 from .editors._drag_map import Drag, Mode, check_inside, parse_drags
 from .errors import RetourError
@@ -64,7 +65,7 @@ def drag(
     """
     model = api.as_model(model)
     rounds = read_rounds(drags)
-    masks = list(mask) if isinstance(mask, (list, tuple)) else [mask]
+    masks = listed(mask)
     if len(masks) not in (1, len(rounds)):
         raise RetourError(
             f"{len(masks)} masks for {len(rounds)} rounds: give one, or one for each round"

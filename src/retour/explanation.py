@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from . import api
+from ._inputs import listed
 from .attention.control import AttentionCall, AttentionControl
 from .attention.store import AttentionStore
 from .core.branches import Branch, Denoiser
@@ -37,7 +38,8 @@ from .editors.align import positions
 from .editors.p2p import parse_range
 from .errors import RetourError, check_range, unknown
 from .heat import SCALES, Explanation, Panel, Scale
-from .io import Placement, read_image
+from .io import read_image
+from .pictures import placements_in
 from .record import describe_run
 
 LEAST_GRID = 16  # Coarser maps say little.
@@ -142,7 +144,7 @@ def _drawn_on(pictures: Any, inversion: Inversion, model: Model) -> list[Image.I
     if pictures is None:
         latents = inversion.latents.to(model.device)
         return _restored(inversion, api.decode(model, latents))
-    given = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+    given = listed(pictures)
     if len(given) != inversion.images:
         raise RetourError(f"{len(given)} pictures for {inversion.images} inverted ones: give each")
     return [read_image(picture) for picture in given]
@@ -150,23 +152,18 @@ def _drawn_on(pictures: Any, inversion: Inversion, model: Model) -> list[Image.I
 
 def _restored(inversion: Inversion, pictures: list[Image.Image]) -> list[Image.Image]:
     """Pictures at the sizes of the inputs."""
-    told = inversion.record.get("placements")
-    if told is None:
+    places = placements_in(inversion.record)
+    if not places:
         return pictures
-    places = [Placement.read(place) for place in told]
     return [place.restore(picture) for place, picture in zip(places, pictures, strict=True)]
 
 
 def _attentive(inversion: Inversion) -> Model:
     """The inversion's model, which must attend to words."""
-    if inversion.model is None:
-        raise RetourError(
-            f"this inversion has no model attached: load {inversion.model_name!r} and pass it to "
-            "Inversion.load(path, model)"
-        )
-    if "attention" not in inversion.model.capabilities:
-        raise RetourError(f"model {inversion.model.name!r} does not attend to words: use another")
-    return inversion.model
+    model = inversion.attached()
+    if "attention" not in model.capabilities:
+        raise RetourError(f"model {model.name!r} does not attend to words: use another")
+    return model
 
 
 def _targets(target: str | Sequence[str], images: int) -> list[str]:

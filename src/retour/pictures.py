@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,11 @@ from typing import Any
 from .io import Clip, Placement, save_clip, save_image, save_json
 
 RECORD_SUFFIX = ".retour.json"
+
+
+def placements_in(record: Mapping[str, Any]) -> list[Placement]:
+    """How the pictures of an inversion go back to their inputs' sizes, where its record says."""
+    return [Placement.read(told) for told in record.get("placements", [])]
 
 
 class Pictures:

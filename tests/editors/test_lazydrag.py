@@ -11,6 +11,7 @@ from PIL import Image
 import retour
 import tiny
 from editors import runs
+from retour._inputs import masks_of
 from retour.attention.control import AttentionCall, AttentionControl
 from retour.core.branches import Branch, Denoiser, Rows
 from retour.core.control import Control
@@ -269,7 +270,7 @@ def start_of(inv, **options):
     """State that the run begins with, and the maps."""
     given = {"strength": 1.0, **{k: v for k, v in options.items() if k != "mask"}}
     editor = LazyDrag(LazyDragOptions(**given))
-    area = retour.api._mask(options.get("mask"), inv)
+    area = masks_of(options.get("mask"), inv)
     den = retour.api._edit_denoiser(inv.model, inv, {"target": inv.prompts}, 1.0, True, None)
     job = EditJob(inv.model, inv, den.layout, {"target": inv.prompts}, inv.grid, area)
     replay = get("invert", inv.method).make(**inv.options).replay(inv)
@@ -491,7 +492,7 @@ class Reads(AttentionControl):
 def job_of(inv, area, **options):
     editor = LazyDrag(LazyDragOptions(**{"strength": 1.0, **options}))
     den = retour.api._edit_denoiser(inv.model, inv, {"target": inv.prompts}, 1.0, True, None)
-    area = retour.api._mask(area, inv)
+    area = masks_of(area, inv)
     return editor, EditJob(inv.model, inv, den.layout, {"target": inv.prompts}, inv.grid, area), den
 
 

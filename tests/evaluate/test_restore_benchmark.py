@@ -77,4 +77,4 @@ def test_it_measures_every_picture_by_every_method():
     assert one.psnr == pytest.approx(one.hole_psnr - 10 * np.log10(share), abs=0.1)
     assert len(restore.table(measures).splitlines()) == 2 + 11
     assert len(restore.comparison(measures)) == 3 * 3 + 2 * 2
-    assert restore.sheet(shown).height == 16 + 4 * 100
+    assert [restore.sheet(shown, each).height for each in (1, 4)] == [32 + 2 * 100, 32 + 4 * 100]

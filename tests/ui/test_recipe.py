@@ -85,7 +85,7 @@ def test_python_and_cli_make_the_very_picture(case, folders, gradient, tmp_path,
 
 
 def test_a_guess_becomes_part_of_the_recipe(folders, gradient, monkeypatch):
-    monkeypatch.setattr("retour.api.propose", lambda pictures: [SOURCE] * len(pictures))
+    monkeypatch.setattr("retour._inputs.propose", lambda pictures: [SOURCE] * len(pictures))
     made = make(recipe(source=None), load(folders["tiny-sd"]), gradient)
     assert made.recipe.source == SOURCE and repr(SOURCE) in to_python(made.recipe)
 

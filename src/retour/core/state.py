@@ -154,6 +154,19 @@ class Inversion:
             inversion.attach(model, source=str(path))
         return inversion
 
+    def attached(self) -> Model:
+        """The live model.
+
+        Raises:
+            RetourError: there is none.
+        """
+        if self.model is None:
+            raise RetourError(
+                f"this inversion has no model attached: load {self.model_name!r} and pass it to "
+                "Inversion.load(path, model)"
+            )
+        return self.model
+
     def attach(self, model: Model, source: str = "this inversion") -> None:
         """Connect a live model, after checking that it is the one the inversion was made with."""
         if model.fingerprint != self.fingerprint:

@@ -44,9 +44,7 @@ def borrowed(value: Tensor, rows: Tensor, tokens: slice) -> Tensor:
 
 def embed(job: EditJob, prompt: str) -> Condition:
     """A prompt for every image of the edit, at their size."""
-    shown = job.inversion.record.get("placements")
-    size = (shown[0]["canvas"][1], shown[0]["canvas"][0]) if shown else None
-    return job.model.embed([prompt] * job.inversion.images, size=size)
+    return job.model.embed([prompt] * job.inversion.images, size=job.inversion.size)
 
 
 def pushed(scale: float, part: float) -> float:

@@ -63,6 +63,7 @@ from ..core.state import State
 from ..errors import RetourError, check_range
 from ..inverters.base import Replay
 from ..io import Placement
+from ..pictures import placements_in
 from ._drag_attention import Background, Identity, Queries, Refinement
 from ._drag_carry import Fill, carried
 from ._drag_map import (
@@ -356,12 +357,12 @@ def _token_grid(model: Model, latents: Tensor) -> tuple[int, int]:
 
 def _pull(drag: Drag, job: EditJob, image: int, grid: tuple[int, int]) -> Pull:
     """A drag in tokens: pixels' centres are at half-integers, tokens' at integers."""
-    placements = job.inversion.record.get("placements")
-    if placements is None:
+    placements = placements_in(job.inversion.record)
+    if placements:
+        place = placements[image]
+    else:
         width, height = (n * job.model.multiple for n in (grid[1], grid[0]))
         place = Placement.plan((width, height), (width, height))
-    else:
-        place = Placement.read(placements[image])
     start, end = (_in_tokens(point, place, grid) for point in (drag.start, drag.end))
     shift = (end[0] - start[0], end[1] - start[1])
     return Pull(start, shift, (drag.scale[1], drag.scale[0]))

@@ -54,7 +54,7 @@ from ..core.registry import get, register
 from ..core.solver import Solver
 from ..core.state import Inversion, State
 from ..editors.uniform import UNIFORM_PAPER, AdaptiveMask, Anchored, Dilate, held
-from ..errors import RetourError, check_range
+from ..errors import check_range
 from .base import Job, Replay
 from .ddim import DDIMOptions
 
@@ -140,9 +140,7 @@ class UniformInversion:
 
 def _mask(inversion: Inversion) -> AdaptiveMask:
     """The adaptive mask that an inversion's options ask for."""
-    model, options = inversion.model, inversion.options
-    if model is None:
-        raise RetourError("this inversion has no model attached: call its attach(model) first")
+    model, options = inversion.attached(), inversion.options
     return AdaptiveMask(
         model.path,
         inversion.extras["anchor"],

@@ -24,7 +24,6 @@ from ..core.loop import walk
 from ..core.model import Ledger, Model
 from ..core.registry import get
 from ..core.state import Inversion, State
-from ..errors import RetourError
 from .classifiers import Classifier
 
 STEEPNESS = 1e3
@@ -43,12 +42,7 @@ class WayBack:
     """
 
     def __init__(self, inversion: Inversion, ledger: Ledger | None = None):
-        if inversion.model is None:
-            raise RetourError(
-                f"this inversion has no model attached: load {inversion.model_name!r} and pass it "
-                "to Inversion.load(path, model)"
-            )
-        self.inversion, self.model = inversion, inversion.model
+        self.inversion, self.model = inversion, inversion.attached()
         method = get("invert", inversion.method).make(**inversion.options)
         self.replay = method.replay(inversion)
         # "target", since a method's correction of its source branch would undo every change.

@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from .. import api
+from .._inputs import listed, one_each, prompts_of
 from ..captions import propose
 from ..core.model import Model
 from ..core.registry import get
 from ..errors import RetourError
 from ..io import fit, read_image
+from ..pictures import placements_in
 from ..record import describe_run
 from .base import AttackJob, Found
 from .classifiers import (
@@ -172,12 +174,10 @@ def _prepare(
     classifier: ClassifierLike,
     victims: Sequence[ClassifierLike] | None,
 ) -> _Trial:
-    images = list(image) if isinstance(image, (list, tuple)) else [image]
+    images = listed(image)
     if not images:
         raise RetourError("there is no image to test the classifier with: pass at least one")
-    labels: list[Any] = list(label) if isinstance(label, (list, tuple)) else [label] * len(images)
-    if len(labels) != len(images):
-        raise RetourError(f"{len(labels)} labels for {len(images)} images: give one or one each")
+    labels = one_each("labels", label, len(images))
     surrogate = load_classifier(classifier)
     judges = [surrogate, *map(load_classifier, _others(surrogate) if victims is None else victims)]
     truths = [[judge.index(name) for name in labels] for judge in judges]
@@ -221,7 +221,7 @@ def _prompts(
 ) -> list[str]:
     if prompt is None:
         return propose(pictures) if describe is None else [describe(p) for p in pictures]
-    return [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
+    return list(prompts_of(prompt, len(pictures)))
 
 
 # --- After ----------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def _result(job: AttackJob, found: Found) -> Attack:
         latents=latents,
         inversion=job.inversion,
         record={},
-        placements=api._placements(job.inversion),
+        placements=placements_in(job.inversion.record),
         reconstructions=tuple(api.decode(job.model, found.unchanged)),
         found=found,
     )

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import api
+from .._inputs import guidance_of, listed, one_canvas, prompts_of
 from ..captions import propose
 from ..core.branches import Branch, Denoiser
 from ..core.loop import Observer, walk
@@ -105,9 +106,9 @@ def restore(
     operator.check(size)
     check_range("guidance", guidance, 0, api.MAX_GUIDANCE)
     if prompt is None:
-        prompts = propose([to_image(p) for p in operator.guess(observed)])
+        prompts = tuple(propose([to_image(p) for p in operator.guess(observed)]))
     else:
-        prompts = _prompts(prompt, len(observed))
+        prompts = prompts_of(prompt, len(observed))
     steps = int(entry.facts.get("steps", model.default_steps)) if steps is None else steps
     job = RestoreJob(
         model=model,
@@ -276,7 +277,7 @@ def _observe(
         model.latent_shape(height, width)
         observed = image.detach().to(model.device, torch.float64)
         return chosen, observed, [Placement.plan(canvas, canvas)] * len(image)
-    sources = list(image) if isinstance(image, (list, tuple)) else [image]
+    sources = listed(image)
     if not sources:
         raise RetourError("there is no image to restore: pass at least one")
     pictures = [read_image(source) for source in sources]
@@ -284,13 +285,7 @@ def _observe(
     large = [(picture.width * scale, picture.height * scale) for picture in pictures]
     multiple = math.lcm(model.multiple, scale)
     canvases = {canvas_size(size, max(model.native, multiple), multiple) for size in large}
-    if len(canvases) > 1:
-        listed = ", ".join(f"{w} x {h}" for w, h in sorted(canvases))
-        raise RetourError(
-            f"the images of one batch must fit the model at one size, these need {listed}: "
-            "restore them in batches of equal aspect ratio"
-        )
-    canvas = canvases.pop()
+    canvas = one_canvas(canvases, "restore")
     chosen = _operator(operator, mask, canvas)
     small = (canvas[0] // scale, canvas[1] // scale)
     fitted = [p if p.size == small else p.resize(small, Image.Resampling.LANCZOS) for p in pictures]
@@ -328,18 +323,10 @@ def _known(mask: Any, canvas: tuple[int, int] | None) -> Tensor:
     return (~missing).double()
 
 
-def _prompts(prompt: str | Sequence[str], images: int) -> list[str]:
-    given = [prompt] * images if isinstance(prompt, str) else list(prompt)
-    if len(given) != images:
-        raise RetourError(f"{len(given)} prompts for {images} images: give one or one each")
-    return given
-
-
 def _scale(model: Model, guidance: float | None, prompts: Sequence[str]) -> float:
     if guidance is None:
         return model.default_guidance if any(p.strip() for p in prompts) else 1.0
-    check_range("guidance", guidance, 0, api.MAX_GUIDANCE)
-    return float(guidance)
+    return guidance_of(model, guidance)
 
 
 def _describe(operator: Operator) -> dict[str, Any]:
