@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from retour.data._builder import FAMILIES, PAINTABLE
 from retour.data.sprites import SIZE, Sprites
 
 COLOURS = {
@@ -27,3 +28,23 @@ def make_sprites() -> Sprites:
     """Four concepts in three styles."""
     images = {(c, s): shape(c, s) for c in COLOURS for s in ("3d", "noto", "twemoji")}
     return Sprites(images, dict.fromkeys(COLOURS, "objects"))
+
+
+def disc(colour: object, radius: float = 28.0) -> np.ndarray:
+    """A sprite (64, 64, 4) uint8 of one colour."""
+    y, x = np.mgrid[:64, :64] - 31.5
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[..., :3] = colour
+    rgba[..., 3] = np.where(x**2 + y**2 < radius**2, 255, 0)
+    return rgba
+
+
+def make_discs() -> Sprites:
+    """Every concept of the paired set as a disc of its own size, of a colour for each style."""
+    nouns = sorted({n for family in FAMILIES for n in family} | set(PAINTABLE))
+    rng, images = np.random.default_rng(0), {}
+    for noun in nouns:
+        base, radius = rng.integers(60, 200, 3), rng.uniform(20, 31)
+        for k, style in enumerate(("3d", "noto", "twemoji")):
+            images[noun, style] = disc(np.clip(base + 40 * (k - 1), 0, 255), radius)
+    return Sprites(images, {})

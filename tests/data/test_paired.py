@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import retour
+from data.sprites_for_tests import make_discs
 from retour.data import paired
-from retour.data.palette import BACKGROUNDS, OBJECT_COLOURS
-from retour.data.scenes import EDIT_KINDS, Item, Scene, Split, Studio
-from retour.data.sprites import Sprites
+from retour.data._pie import bracketed
+from retour.data.scenes import EDIT_KINDS, Split, Studio
 from retour.errors import RetourError
 from retour.evaluate.suite import SPLITS, Suite
 
@@ -71,30 +71,16 @@ def test_brackets_mark_what_differs(split):
     assert all(isinstance(key, str) and len(key) == 12 for key in mapping)
     for entry in mapping.values():
         assert "[" in entry["original_prompt"] + entry["editing_prompt"]
-    assert paired.bracketed("a red cat", "a blue cat") == ("a [red] cat", "a [blue] cat")
-    assert paired.bracketed("a cat", "a cat above a dog") == ("a cat", "a cat [above a dog]")
+    assert bracketed("a red cat", "a blue cat") == ("a [red] cat", "a [blue] cat")
+    assert bracketed("a cat", "a cat above a dog") == ("a cat", "a cat [above a dog]")
 
 
 # --- Building, with made-up sprites ---------------------------------------------------------------
 
 
-def disc(colour, radius=28.0):
-    y, x = np.mgrid[:64, :64] - 31.5
-    rgba = np.zeros((64, 64, 4), np.uint8)
-    rgba[..., :3] = colour
-    rgba[..., 3] = np.where(x**2 + y**2 < radius**2, 255, 0)
-    return rgba
-
-
 @pytest.fixture(scope="module")
 def studio():
-    nouns = sorted({n for family in paired.FAMILIES for n in family} | set(paired.PAINTABLE))
-    rng, images = np.random.default_rng(0), {}
-    for noun in nouns:
-        base, radius = rng.integers(60, 200, 3), rng.uniform(20, 31)
-        for k, style in enumerate(("3d", "noto", "twemoji")):
-            images[noun, style] = disc(np.clip(base + 40 * (k - 1), 0, 255), radius)
-    return Studio(Sprites(images, {}))
+    return Studio(make_discs())
 
 
 SPLIT = Split(frozenset({"cat", "apple"}), frozenset({("dog", "3d")}))
@@ -108,43 +94,3 @@ def test_building_twice_gives_the_same_and_another_seed_does_not(studio, tmp_pat
     suites = (Suite.load(tmp_path / "one"), Suite.load(tmp_path / "again"))
     for one, again in zip(*suites, strict=True):
         assert np.array_equal(np.asarray(one.edited), np.asarray(again.edited))
-
-
-def test_edits_of_another_set_do_not_come_again(studio):
-    def drawn(apart=()):
-        builder = paired.Builder(studio, SPLIT, apart=apart)
-        return [paired.prompts(studio, pair) for pair in builder.pairs("object", 2)]
-
-    first = drawn()
-    assert drawn() == first
-    assert not {*drawn(apart=first[:1])} & {*first[:1]}
-    assert not {*drawn(apart=first)} & {*first}
-
-
-def test_nothing_held_out_is_shown(studio):
-    builder = paired.Builder(studio, SPLIT)
-    for kind in EDIT_KINDS:
-        for pair in builder.pairs(kind, 2):
-            for scene in (pair.source, pair.target):
-                assert not any(SPLIT.held_out(i.concept, scene.style) for i in scene.items)
-
-
-def test_an_object_of_the_background_does_not_stand_out(studio):
-    sprites = Sprites({("sun", "3d"): disc(BACKGROUNDS["orange"])}, {})
-    builder = paired.Builder(Studio(sprites), SPLIT)
-    assert not builder.stands_out(Scene("3d", "orange", (Item("sun"),)))
-    assert builder.stands_out(Scene("3d", "navy blue", (Item("sun"),)))
-
-
-def test_near_colours_are_named():
-    assert all(pair <= set(OBJECT_COLOURS) for pair in paired.NEAR)
-    for pair in paired.NEAR:
-        a, b = (np.array(OBJECT_COLOURS[name]) for name in pair)
-        assert paired.distance(a, b) < 0.35
-
-
-def test_outline():
-    shape = np.zeros((5, 5), bool)
-    shape[1:4, 1:4] = True
-    assert paired.outline(shape).sum() == 8
-    assert not paired.outline(shape)[2, 2]

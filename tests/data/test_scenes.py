@@ -15,6 +15,7 @@ from retour.data.scenes import (
     Scene,
     Split,
     Studio,
+    edited,
     favourites,
     make_split,
     with_article,
@@ -155,14 +156,14 @@ def test_the_background_mask_is_all_that_is_not_fully_covered(studio):
 
 def test_removal_undoes_addition(sampler):
     source = sampler.scene(0)
-    more = sampler.studio.change(source, sampler.edit(0, "add"))
-    back = sampler.studio.change(more, Edit("remove", index=len(more.items) - 1))
+    more = edited(source, sampler.edit(0, "add"))
+    back = edited(more, Edit("remove", index=len(more.items) - 1))
     assert back == source
 
 
 def test_unknown_edits_and_parts_are_refused(studio):
     with pytest.raises(ValueError, match="'melt'"):
-        studio.change(scene(Item("owl")), Edit("melt", "x"))
+        edited(scene(Item("owl")), Edit("melt", "x"))
     with pytest.raises(ValueError, match="'some'"):
         Sampler(studio, NOTHING, part="some")
 

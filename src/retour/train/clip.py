@@ -34,6 +34,7 @@ from retour.data.scenes import (
     Mix,
     Sampler,
     Studio,
+    edited,
     make_split,
     with_article,
 )
@@ -191,9 +192,9 @@ class ClipTask:
         scene, studio = self.train.scene(number), self.train.studio
         kinds = HARD[:4] if len(scene.items) > 1 else HARD
         kind = str(rng.choice(kinds))
-        changed = studio.change(scene, self.train.edit(number, kind))
+        changed = edited(scene, self.train.edit(number, kind))
         if any(self.train.split.held_out(item.concept, changed.style) for item in changed.items):
-            changed = studio.change(scene, self.train.edit(number, "background"))
+            changed = edited(scene, self.train.edit(number, "background"))
         form = Form(
             style=kind == "style" or rng.random() < 0.85, natural_colours=rng.random() < 0.4
         )
