@@ -244,8 +244,8 @@ def workplace(out: Path) -> dict[str, str]:
     tools = work / "bin"
     tools.mkdir(parents=True, exist_ok=True)
     for name in LINKED:
-        if not (work / name).exists():
-            (work / name).symlink_to(ROOT / name)
+        (work / name).unlink(missing_ok=True)  # It may lead to another checkout.
+        (work / name).symlink_to(ROOT / name)
     for name, line in (("python", '"$@"'), ("retour", '-m retour "$@"')):
         (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {line}\n')
         (tools / name).chmod(0o755)

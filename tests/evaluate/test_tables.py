@@ -149,6 +149,8 @@ def test_what_fails_or_prints_something_else_is_said(tables, docs, tmp_path, cap
 def test_retour_and_python_are_those_of_this_checkout(tables, docs, tmp_path):
     """A command of the docs finds the scripts by the path that is written there."""
     page, out = docs / "figures.md", tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    (out / "work" / "benchmarks").symlink_to(tmp_path / "another checkout")
     text = PAGE.replace("echo run >> count", "retour cite direct > v; ls benchmarks/tables.py > t")
     page.write_text(text, encoding="utf-8")
     assert call(tables, docs, out) == 0
