@@ -12,7 +12,7 @@ from PIL import Image
 from . import api
 from ._inputs import listed
 from .core.registry import get
-from .editors._drag_map import Drag, Mode, check_inside, parse_drags
+from .editors._drags import Drag, Mode, check_inside, parse_drags
 from .errors import RetourError
 from .io import read_image
 

@@ -1,4 +1,4 @@
-"""Geometry of drags: displacement, landing, regions, and tokens of latents."""
+"""Geometry of drags: displacement, landing, regions."""
 
 import itertools
 import math
@@ -7,19 +7,9 @@ import pytest
 import torch
 
 from retour.editors._drag_carry import between
-from retour.editors._drag_map import (
-    Drag,
-    Pull,
-    coarser,
-    displacements,
-    drag_map,
-    elasticity,
-    finer,
-    from_neighbours,
-    from_tokens,
-    parse_drags,
-    to_tokens,
-)
+from retour.editors._drag_map import coarser, displacements, drag_map, elasticity, finer
+from retour.editors._drag_tokens import from_tokens, to_tokens
+from retour.editors._drags import Pull
 from retour.errors import RetourError
 
 
@@ -266,59 +256,3 @@ def test_reading_between_cells_is_bilinear():
 def test_an_empty_mask_is_refused():
     with pytest.raises(RetourError, match="covers no token"):
         drag_map(rectangle(0, 0, 0, 0), [Pull((1, 1), (1, 1))])
-
-
-# --- Words ----------------------------------------------------------------------------------------
-
-
-def test_drags_are_read_and_said():
-    text = "12,40>44,40; 3.5,0>0,7*1.5 ;1,2>3,4*2,0.5"
-    drags = parse_drags(text)
-    assert drags[0] == Drag((12, 40), (44, 40))
-    assert drags[1].scale == (1.5, 1.5) and drags[2].scale == (2, 0.5)
-    assert parse_drags("; ".join(map(str, drags))) == drags
-    assert parse_drags("1,2>3,4*.7") == (Drag((1, 2), (3, 4), (0.7, 0.7)),)
-    assert parse_drags("  ") == ()
-    for bad in ("1,2", "1,2>3", "a,b>c,d", "1,2>3,4*", "1,.>3,4", "1.2.3,4>5,6"):
-        with pytest.raises(RetourError, match="write x,y>x,y"):
-            parse_drags(bad)
-
-
-# --- Tokens ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("patch", [1, 2, 4])
-def test_tokens_there_and_back(patch):
-    z = torch.randn(2, 3, 8, 12)
-    tokens = to_tokens(z, patch)
-    assert tokens.shape == (2, 8 * 12 // patch**2, 3 * patch**2)
-    assert torch.equal(from_tokens(tokens, patch, (8 // patch, 12 // patch)), z)
-
-
-def test_a_token_is_its_patch():
-    z = torch.arange(4 * 6).reshape(1, 1, 4, 6)
-    tokens = to_tokens(z, 2)[0]
-    assert tokens[0].tolist() == [0, 1, 6, 7]  # first row of patches, first patch
-    assert tokens[1].tolist() == [2, 3, 8, 9]
-    assert tokens[3].tolist() == [12, 13, 18, 19]
-
-
-def test_neighbours_fill_by_place_and_not_by_value():
-    """Real zeros are values: published code takes them for holes."""
-    tokens = torch.zeros(9, 1, dtype=torch.float64)
-    tokens[[1, 3, 5, 7]] = torch.tensor([[0.0], [4.0], [8.0], [12.0]]).double()
-    empty = torch.zeros(9, dtype=torch.bool)
-    empty[4] = True
-    found = from_neighbours(tokens, empty, (3, 3))
-    assert float(found[4]) == 6.0  # the mean of 0, 4, 8, 12: the zero counts
-    assert torch.equal(found[~empty], tokens[~empty])
-
-
-def test_nearer_neighbours_count_more():
-    row = torch.tensor([[1.0], [0.0], [0.0], [4.0]]).double()
-    empty = torch.tensor([False, True, True, False])
-    found = from_neighbours(row, empty, (1, 4)).flatten()
-    # Weights 1 and 1/2 over distances 1 and 2, from both sides.
-    torch.testing.assert_close(found[1:3], torch.tensor([2.0, 3.0]).double())
-    nothing = from_neighbours(row, torch.ones(4, dtype=torch.bool), (1, 4))
-    assert torch.equal(nothing, row)

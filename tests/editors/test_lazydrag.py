@@ -21,7 +21,8 @@ from retour.core.registry import get
 from retour.core.state import Inversion, State, stack
 from retour.dragging import drag, moved_mask, read_rounds
 from retour.editors._drag_attention import Background, Identity, Refinement, turned
-from retour.editors._drag_map import Drag, DragMap, Pull, drag_map
+from retour.editors._drag_map import DragMap, drag_map
+from retour.editors._drags import Drag, Pull
 from retour.editors._track import OnTrack
 from retour.editors.base import EditJob
 from retour.editors.lazydrag import LazyDrag, LazyDragOptions

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import retour
-from retour.editors._drag_map import Drag
+from retour.editors._drags import Drag
 from retour.evaluate.drag import Patches
 from retour.evaluate.metrics import pixels, psnr
 from retour.evaluate.suite import Suite

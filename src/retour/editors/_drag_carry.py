@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..core.path import Path, Time, levels
-from ._drag_map import DragMap, from_neighbours, from_tokens, to_tokens
+from ._drag_map import DragMap
+from ._drag_tokens import from_neighbours, from_tokens, to_tokens
 
 Fill = Literal["noise", "around", "neighbours"]
 

@@ -28,7 +28,6 @@ Transformers via Explicit Correspondence", ICLR 2026, arXiv 2509.12203.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,72 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RetourError
+from ._drag_tokens import to_tokens
+from ._drags import Drag as Drag  # where benchmarks look for it
+from ._drags import Mode, Pull
 
-Mode = Literal["drag", "move"]
 Field = Literal["nearest", "average"]
-Point = tuple[float, float]
-
-_NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
-_DRAG = re.compile(rf"{_NUMBER},{_NUMBER}>{_NUMBER},{_NUMBER}(?:\*{_NUMBER}(?:,{_NUMBER})?)?")
-
-
-@dataclass(frozen=True)
-class Drag:
-    """One drag, in pixels of the picture from its top left corner.
-
-    Attributes:
-        start: (x, y) of the handle.
-        end: (x, y) of where it shall go.
-        scale: (across, down) magnification of what goes along; for mode ``move``.
-    """
-
-    start: Point
-    end: Point
-    scale: tuple[float, float] = (1.0, 1.0)
-
-    def __str__(self) -> str:
-        numbers = ",".join(f"{v:g}" for v in self.start), ",".join(f"{v:g}" for v in self.end)
-        scale = "" if self.scale == (1.0, 1.0) else "*" + ",".join(f"{v:g}" for v in self.scale)
-        return ">".join(numbers) + scale
-
-
-def parse_drags(text: str) -> tuple[Drag, ...]:
-    """Read "x,y>x,y; x,y>x,y*scale": handles, where they go, and how much larger they become."""
-    return tuple(_parse_drag(part) for part in text.split(";") if part.strip())
-
-
-def _parse_drag(text: str) -> Drag:
-    found = _DRAG.fullmatch(text)
-    if found is None:
-        raise RetourError(f"cannot read the drag {text.strip()!r}: write x,y>x,y in pixels")
-    x0, y0, x1, y1, across, down = (None if v is None else float(v) for v in found.groups())
-    assert None not in (x0, y0, x1, y1)
-    across = 1.0 if across is None else across
-    return Drag((x0, y0), (x1, y1), (across, across if down is None else down))  # type: ignore[arg-type]
-
-
-def check_inside(point: Point, size: tuple[int, int]) -> None:
-    """Refuse a point outside of a picture of (width, height) pixels."""
-    if not (0 <= point[0] < size[0] and 0 <= point[1] < size[1]):
-        raise RetourError(
-            f"the point {point[0]:g},{point[1]:g} lies outside of the picture, which is {size[0]} "
-            f"x {size[1]} pixels: x is counted from the left, y from the top, both from 0"
-        )
-
-
-@dataclass(frozen=True)
-class Pull:
-    """A drag in token units, (row, column).
-
-    Attributes:
-        handle: s.
-        shift: d.
-        scale: r.
-    """
-
-    handle: Point
-    shift: Point
-    scale: Point = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -343,58 +281,3 @@ def _flat(place: Tensor, size: tuple[int, int]) -> Tensor:
 def _dilated(region: Tensor, size: tuple[int, int], radius: int) -> Tensor:
     area = region.reshape(1, 1, *size).float()
     return F.max_pool2d(area, 2 * radius + 1, stride=1, padding=radius).flatten() > 0
-
-
-# --- On latents -----------------------------------------------------------------------------------
-
-
-_CELLS, _GRID = (-4, -2, -5, -3, -1), (-5, -4, -3, -2, -1)
-
-
-def to_tokens(z: Tensor, patch: int) -> Tensor:
-    """Latents (..., C, h, w) -> tokens (..., N, C patch^2), row by row."""
-    cells = z.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))
-    return cells.movedim(_CELLS, _GRID).flatten(-3).flatten(-3, -2)
-
-
-def from_tokens(tokens: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
-    """Inverse of :func:`to_tokens` for a grid of `size` tokens."""
-    cells = tokens.unflatten(-2, size).unflatten(-1, (-1, patch, patch))
-    return cells.movedim(_GRID, _CELLS).flatten(-4, -3).flatten(-2)
-
-
-def from_neighbours(tokens: Tensor, empty: Tensor, size: tuple[int, int]) -> Tensor:
-    """Fill empty tokens from the nearest others in the four directions, nearer ones counting more.
-
-    Args:
-        tokens: (N, D).
-        empty: (N,) bool; by place, not by value.
-        size: (h, w).
-    """
-    total, share = torch.zeros_like(tokens), tokens.new_zeros(len(tokens), 1)
-    places = torch.arange(len(tokens)).reshape(size)
-    for axis in (0, 1):
-        for flip in (False, True):
-            nearest, distance = _nearest(~empty.reshape(size), axis, flip)
-            found = nearest.flatten() >= 0
-            index = (places.gather(axis, nearest.clamp_min(0))).flatten()
-            weight = torch.where(found, 1 / distance.flatten().clamp_min(1), 0.0).to(tokens)
-            total += weight[:, None] * tokens[index]
-            share += weight[:, None]
-    # An empty picture has nothing to be filled from: it stays as it is.
-    filled = torch.where(share > 0, total / share.clamp_min(1e-12), tokens)
-    return torch.where(empty[:, None], filled, tokens)
-
-
-def _nearest(full: Tensor, axis: int, flip: bool) -> tuple[Tensor, Tensor]:
-    """Index along `axis` of the nearest full place at or before each, -1 for none; distances."""
-    area = full.flip(axis) if flip else full
-    shape = [1, 1]
-    shape[axis] = -1
-    along = torch.arange(full.shape[axis]).reshape(shape).expand_as(area)
-    last = torch.where(area, along, -1).cummax(axis).values
-    distance = (along - last).double()
-    if not flip:
-        return last, distance
-    mirrored = torch.where(last >= 0, full.shape[axis] - 1 - last, -1)
-    return mirrored.flip(axis), distance.flip(axis)

@@ -46,7 +46,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,22 +66,11 @@ from ..io import Placement
 from ..pictures import placements_in
 from ._drag_attention import Background, Identity, Queries, Refinement
 from ._drag_carry import Fill, carried
-from ._drag_map import (
-    Drag,
-    DragMap,
-    Field,
-    Mode,
-    Pull,
-    check_inside,
-    coarser,
-    drag_map,
-    finer,
-    parse_drags,
-)
+from ._drag_map import DragMap, Field, coarser, drag_map, finer
+from ._drags import Drag, Drags, Mode, check_drags, pull_of, read_drags
 from ._track import OnTrack
 from .base import EditJob, Editor, Start
 
-Drags = str | Sequence[Any]
 SMALL = 0.5
 
 
@@ -150,32 +139,7 @@ class LazyDragOptions:
         if self.band is not None:
             check_range("band", self.band, 0)
         for image in read_drags(self.drags, 1):
-            _check_drags(image, self.mode)
-
-
-def read_drags(drags: Drags, images: int) -> list[tuple[Drag, ...]]:
-    """One tuple of drags for each image: the same for all, or given one by one."""
-    if isinstance(drags, str):
-        return [parse_drags(drags)] * images
-    given = list(drags)
-    if any(isinstance(d, Drag) for d in given) or not given:
-        if not all(isinstance(d, Drag) for d in given):
-            raise RetourError(f"drags mix single drags and lists of them: {drags!r}")
-        return [tuple(given)] * images
-    per_image = [read_drags(d, 1)[0] for d in given]
-    if images > 1 and len(per_image) != images:
-        raise RetourError(
-            f"{len(per_image)} lists of drags for {images} images: give one for each image"
-        )
-    return per_image
-
-
-def _check_drags(drags: Sequence[Drag], mode: Mode) -> None:
-    for drag in drags:
-        if min(drag.scale) <= 0:
-            raise RetourError(f"the drag {drag} has a scale of 0 or below: give a positive one")
-        if mode == "drag" and drag.scale != (1.0, 1.0):
-            raise RetourError(f"the drag {drag} has a scale, which only mode 'move' knows")
+            check_drags(image, self.mode)
 
 
 @register(
@@ -277,7 +241,7 @@ class LazyDrag(Editor):
         return [
             drag_map(
                 self._editable(job, image, grid),
-                [_pull(drag, job, image, grid) for drag in drags],
+                [pull_of(drag, _placement(job, image, grid), grid) for drag in drags],
                 options.mode,
                 field=options.field,
                 band=self._band(grid),
@@ -355,26 +319,10 @@ def _token_grid(model: Model, latents: Tensor) -> tuple[int, int]:
     return latents.shape[-2] // patch, latents.shape[-1] // patch
 
 
-def _pull(drag: Drag, job: EditJob, image: int, grid: tuple[int, int]) -> Pull:
-    """A drag in tokens: pixels' centres are at half-integers, tokens' at integers."""
+def _placement(job: EditJob, image: int, grid: tuple[int, int]) -> Placement:
+    """Where the picture lies on the model's canvas: all over it, where the record does not say."""
     placements = placements_in(job.inversion.record)
     if placements:
-        place = placements[image]
-    else:
-        width, height = (n * job.model.multiple for n in (grid[1], grid[0]))
-        place = Placement.plan((width, height), (width, height))
-    start, end = (_in_tokens(point, place, grid) for point in (drag.start, drag.end))
-    shift = (end[0] - start[0], end[1] - start[1])
-    return Pull(start, shift, (drag.scale[1], drag.scale[0]))
-
-
-def _in_tokens(
-    point: tuple[float, float], place: Placement, grid: tuple[int, int]
-) -> tuple[float, float]:
-    check_inside(point, place.original)
-    across, down = point
-    left, top, right, bottom = place.source
-    to_left, to_top, to_right, to_bottom = place.target
-    x = to_left + (across + 0.5 - left) * (to_right - to_left) / (right - left)
-    y = to_top + (down + 0.5 - top) * (to_bottom - to_top) / (bottom - top)
-    return y / place.canvas[1] * grid[0] - 0.5, x / place.canvas[0] * grid[1] - 0.5
+        return placements[image]
+    width, height = (n * job.model.multiple for n in (grid[1], grid[0]))
+    return Placement.plan((width, height), (width, height))
