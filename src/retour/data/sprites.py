@@ -66,7 +66,8 @@ def find_tarball(package: str, version: str, folder: Path) -> Path:
     path = folder / tarball_name(package, version)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", f"{package}@{version}"], cwd=folder, check=True)
+        command = ["npm", "pack", "--loglevel=error", f"{package}@{version}"]
+        subprocess.run(command, cwd=folder, check=True)
     return path
 
 
