@@ -33,9 +33,9 @@ from .core.loop import walk
 from .core.model import Ledger, Model, Tokens
 from .core.registry import get
 from .core.state import Inversion
+from .editors._schedules import parse_range
 from .editors._track import watch_source
 from .editors.align import positions
-from .editors.p2p import parse_range
 from .errors import RetourError, check_range, unknown
 from .heat import SCALES, Explanation, Panel, Scale
 from .io import read_image

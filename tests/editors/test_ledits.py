@@ -9,7 +9,6 @@ from inverters.jobs import tiny_model, tiny_picture
 from retour.core.branches import Branch, Denoiser
 from retour.core.path import levels
 from retour.core.registry import get
-from retour.editors.ledits import Concept, concepts, edits
 from retour.errors import RetourError
 
 SOURCE = "a red apple on a cat"
@@ -28,26 +27,6 @@ def inverted(model, method="sde-dpm", steps=3, **options):
 
 def edit(inversion, target, **options):
     return retour.edit(inversion, target, editor="ledits", **options)
-
-
-def test_concepts_are_read():
-    assert concepts("green, -red apple ,- a cat") == (
-        Concept("green", 1.0),
-        Concept("red apple", -1.0),
-        Concept("a cat", -1.0),
-    )
-
-
-def test_whole_prompts_are_told_by_the_words_they_keep():
-    """Half of the source's words, and no minus; `read` decides where the words do not."""
-    whole = (Concept("A green apple on a cat", 1.0, True, "green"),)
-    assert edits(SOURCE, "A green apple on a cat") == whole
-    assert edits(SOURCE, SOURCE) == ()
-    assert edits(SOURCE, "an apple on a dog, -red") == concepts("an apple on a dog, -red")
-    for target in ("sunglasses", "a green pear", "green, blue"):
-        assert edits(SOURCE, target) == edits("", target) == concepts(target)
-        assert edits(SOURCE, target, "prompt")[0].whole
-    assert edits(SOURCE, whole[0].text, "concepts") == (Concept(whole[0].text, 1.0),)
 
 
 def test_a_whole_prompt_without_masks_is_plain_guidance(model):

@@ -63,8 +63,9 @@ from ..core.grid import Step
 from ..core.model import Condition
 from ..core.path import Prediction
 from ..core.registry import register
-from ..errors import RetourError, check_range
+from ..errors import check_range
 from ..inverters.sde_dpm import LEDITS_PAPER
+from ._concepts import Concept, Read, branches_for, edits, for_each, numbers
 from ._inject import embed
 from .align import positions
 from .base import EditJob, Editor
@@ -73,9 +74,6 @@ from .blend import LEAST_GRID
 NOTHING = "/none"
 BLUR = 0.5  # Standard deviation of the 3 x 3 smoothing of attention maps, in cells.
 THRESHOLD, WHOLE_THRESHOLD = 0.9, 0.5
-KEPT = 0.5  # Least part of the source prompt's words that a whole prompt keeps.
-
-Read = Literal["auto", "concepts", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -109,63 +107,6 @@ class LEditsOptions:
         check_range("cooldown", self.cooldown, 0, 1)
 
 
-@dataclass(frozen=True)
-class Concept:
-    """What to add to the picture, or (`sign` -1) to take away.
-
-    Attributes:
-        text: what the network is told.
-        sign: 1 or -1.
-        whole: whether it is a prompt, which takes the source's place.
-        words: those whose attention makes the mask; "" for all.
-    """
-
-    text: str
-    sign: float
-    whole: bool = False
-    words: str = ""
-
-
-def concepts(prompt: str) -> tuple[Concept, ...]:
-    """Read "green, -red".
-
-    Raises:
-        RetourError: a part between commas is empty.
-    """
-    parts = [part.strip() for part in prompt.split(",")]
-    found = tuple(Concept(p.lstrip("- "), -1.0 if p.startswith("-") else 1.0) for p in parts)
-    if not all(c.text for c in found):
-        raise RetourError(
-            f"the target {prompt!r} has an empty concept: separate concepts by commas, with a "
-            "minus before those to remove (green, -red)"
-        )
-    return found
-
-
-def edits(source: str, target: str, read: Read = "auto") -> tuple[Concept, ...]:
-    """What a target asks of a picture of `source`: its concepts, or itself as a whole prompt."""
-    old, new = source.casefold().split(), target.casefold().split()
-    kept = sum(word in new for word in old)
-    whole = not any(part.strip().startswith("-") for part in target.split(","))
-    whole = whole and bool(old) and kept >= KEPT * len(old)
-    if read == "concepts" or (read == "auto" and not whole):
-        return concepts(target)
-    words = " ".join(word for word in target.split() if word.casefold() not in old)
-    return () if old == new else (Concept(target, 1.0, True, words),)
-
-
-def numbers(name: str, value: float | str | None) -> list[float]:
-    """Read one number, several separated by commas, or none."""
-    if value is None or str(value).lower() in ("", "none"):
-        return []
-    try:
-        return [float(part) for part in str(value).split(",")]
-    except ValueError:
-        raise RetourError(
-            f"{name} is {value!r}: give a number, or one for each concept (5,3)"
-        ) from None
-
-
 @register(
     "ledits",
     task="edit",
@@ -188,7 +129,7 @@ class LEdits(Editor):
         for branch in branches:
             if branch.name == "source":
                 continue
-            count = _count(branch.condition.prompts, self.options.read)
+            count = branches_for(branch.condition.prompts, self.options.read)
             plain = replace(branch, uncond=None, scale=1.0, auxiliary=True)
             names = [NOTHING, *(f"/{k}" for k in range(count))]
             further += [replace(plain, name=branch.name + name) for name in names]
@@ -335,20 +276,15 @@ class _StepStore(AttentionStore):
         return super().probs(call, probs)
 
 
-def _count(prompts: Sequence[str], read: Read) -> int:
-    """Branches that serve the concepts of all prompts, whatever the prompts turn out to be."""
-    return 1 if read == "prompt" else max(prompt.count(",") + 1 for prompt in prompts)
-
-
 def _slots(
     job: EditJob, target: str, prompts: Sequence[str], options: LEditsOptions
 ) -> tuple[_Slot, ...]:
     pairs = zip(job.sources, prompts, strict=True)
     said = [edits(source, prompt, options.read) for source, prompt in pairs]
-    count = _count(prompts, options.read)
+    count = branches_for(prompts, options.read)
     most = max(map(len, said))
-    scales = _for_each("scale", options.scale, most)
-    thresholds = _for_each("threshold", options.threshold, most)
+    scales = for_each("scale", options.scale, most)
+    thresholds = for_each("threshold", options.threshold, most)
     empty = job.inversion.negative
     slots = []
     for k in range(count):
@@ -383,18 +319,6 @@ def _looked(job: EditJob, concept: Concept | None, masks: str) -> tuple[int, ...
         return ()
     tokens = job.model.tokens(concept.text)
     return positions(tokens, concept.words) or tuple(t for w in tokens.words for t in w.tokens)
-
-
-def _for_each(name: str, value: float | str | None, count: int) -> list[float]:
-    """One number for each of `count` concepts; one alone is for all."""
-    given = numbers(name, value)
-    if len(given) == 1:
-        return given * count
-    if 0 < len(given) < count:
-        raise RetourError(
-            f"{len(given)} values of {name} for {count} concepts: give one, or one for each concept"
-        )
-    return given
 
 
 def _above(heat: Tensor, quantiles: Tensor) -> Tensor:
