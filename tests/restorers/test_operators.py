@@ -1,7 +1,5 @@
 """Operators against their definitions (adjoint, norm, pseudo-inverse) and outside oracles."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -17,8 +15,6 @@ from retour.restorers.operators import (
     Inpaint,
     MotionBlur,
     SuperResolution,
-    border_matrix,
-    line_kernel,
 )
 
 SIZE = (12, 20)
@@ -202,29 +198,6 @@ def test_grey_is_pils_luma():
     found = Grey().forward(torch.from_numpy(pixels).double().permute(2, 0, 1)[None])
     assert np.abs(found[0, 0].numpy() - wanted).max() < 1  # PIL cuts or rounds to whole levels
     assert sum(LUMA) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("angle", [0.0, 45.0, 90.0, 200.0])
-def test_line_kernel(angle):
-    kernel = line_kernel(9.0, angle)
-    assert float(kernel.sum()) == pytest.approx(1) and bool((kernel >= 0).all())
-    torch.testing.assert_close(kernel, kernel.flip(0, 1))  # centred: nothing moves
-    rows, columns = torch.meshgrid(torch.arange(-4.0, 5), torch.arange(-4.0, 5), indexing="ij")
-    turn = math.radians(angle)
-    along = columns * math.cos(turn) - rows * math.sin(turn)
-    spread = float((kernel * along**2).sum().sqrt())
-    assert spread == pytest.approx(8 / math.sqrt(12), rel=0.1)
-
-
-def test_borders():
-    signal = torch.arange(1.0, 4).double()
-    wanted = {
-        "reflect": [3, 3, 2, 1, 1, 2, 3, 3, 2, 1, 1],
-        "zero": [0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 0],
-        "circular": [3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1],
-    }
-    for boundary, values in wanted.items():
-        assert (border_matrix(3, 4, boundary) @ signal).tolist() == values
 
 
 @pytest.mark.parametrize(
