@@ -2,13 +2,16 @@
 
 :mod:`.pixelwise` holds the two conventions and what needs no network, :mod:`.structure`,
 :mod:`.perceptual` and :mod:`.alignment` what needs one, :mod:`.success` the verdict of whether an
-edit happened, and :mod:`.table` the classes and `METRICS`.
+edit happened. A :class:`Metric` gathers the values of one column, each of a :class:`Sample`;
+:mod:`.table` holds them all, in `METRICS`, and :class:`Backbones` their networks.
 
 Networks: with the original weights where the user gives them (DINO ViT-B/8, LPIPS, CLIP ViT-L/14),
 else what ships with retour, under its own name; such figures compare only with each other.
 """
 
 from .alignment import ClipScorer, region, similarity
+from .backbones import Backbones
+from .metric import Metric
 from .perceptual import CnnTaps, SqueezeTaps, background_distance, perceptual_distance
 from .pixelwise import (
     CONVENTIONS,
@@ -21,9 +24,10 @@ from .pixelwise import (
     psnr,
     ssim,
 )
+from .sample import Sample
 from .structure import CLIP, EmojiClip, VitKeys, self_similarity, structure_distance
 from .success import Jury, Verdict, edit_success
-from .table import METRICS, Backbones, Metric, Sample, make_metrics
+from .table import METRICS, make_metrics
 
 __all__ = [
     "CLIP",
