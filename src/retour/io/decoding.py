@@ -63,9 +63,12 @@ def available_formats() -> list[str]:
 
 
 @contextlib.contextmanager
-def decoding(label: str) -> Iterator[None]:
-    """Make one sentence of whatever a decoder raises, and let only our own warnings out."""
-    with _translating(label), warnings.catch_warnings(record=True) as caught:
+def decoding(label: str, most: int = MAX_PIXELS) -> Iterator[None]:
+    """Make one sentence of whatever a decoder raises, and let only our own warnings out.
+
+    `most` is how many pixels a picture may have, to say so where Pillow itself refuses it.
+    """
+    with _translating(label, most), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     for warning in caught:
@@ -74,14 +77,14 @@ def decoding(label: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _translating(label: str) -> Iterator[None]:
+def _translating(label: str, most: int) -> Iterator[None]:
     try:
         yield
     except RetourError:
         raise
     except Image.DecompressionBombError as error:
         raise RetourError(
-            f"{label} has far too many pixels: make it smaller first, at most {MAX_PIXELS:,}."
+            f"{label} has far too many pixels: make it smaller first, at most {most:,}."
         ) from error
     except UnidentifiedImageError as error:
         raise RetourError(

@@ -111,7 +111,7 @@ def read_upload(content: bytes, name: str, limits: Limits = _DEFAULT_LIMITS) -> 
         raise RetourError(
             f"{label} has {len(content):,} bytes: make it smaller first, at most {limits.bytes:,}."
         )
-    with decoding(label):
+    with decoding(label, limits.pixels):
         image = Image.open(io.BytesIO(content), formats=available_formats())
     with image:
         return _flatten(_decode_pil(image, label, limits), name, label)
@@ -120,7 +120,7 @@ def read_upload(content: bytes, name: str, limits: Limits = _DEFAULT_LIMITS) -> 
 def _decode_file(path: Path, limits: Limits) -> Image.Image:
     check_readable(path)
     label = f"'{path}'"
-    with decoding(label):
+    with decoding(label, limits.pixels):
         image = Image.open(path, formats=available_formats())
     with image:
         return _decode_pil(image, label, limits)
