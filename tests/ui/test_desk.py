@@ -1,6 +1,7 @@
 """What clicks mean, without a web framework: also for visitors who mean no good."""
 
 import json
+import re
 import threading
 
 import pytest
@@ -86,7 +87,9 @@ def test_a_mask_confines_and_is_named(desk, gradient):
     ("changes", "says"),
     [
         ({"target": " "}, "target prompt is empty"),
-        ({"steps": None}, "steps is None"),
+        ({"steps": None}, "steps is empty"),
+        ({"steps": 0}, "steps is 0: choose"),
+        ({"seed": -1}, "seed is -1"),
         ({"steps": 2.5}, "whole number"),
         ({"steps": float("inf")}, "give a number"),
         ({"guidance": "3"}, "give a number"),
@@ -99,6 +102,7 @@ def test_a_mask_confines_and_is_named(desk, gradient):
         ({"drawn": '{"options": {"edit": {"secret": "1"}}}'}, "unknown option"),
         ({"drawn": '{"points": [[7, 7]]}'}, "outside"),
         ({"editor": "lazydrag"}, "pick the drag tool"),
+        ({"drawn": '{"points": [[0.1, 0.1], [0.2, 0.2]]}'}, "'p2p' does not use drag .*lazydrag"),
     ],
 )
 def test_bad_forms_are_refused_before_they_wait(desk, gradient, changes, says):
@@ -140,6 +144,53 @@ def test_the_line_is_bounded(desk, gradient):
     assert all(threading.Event.wait(job.ticket._done, 10) for job in jobs)
 
 
+def test_a_result_is_looked_at_until_another_picture_comes(desk, gradient):
+    """And an earlier one brings back the picture that it was made of."""
+    room = bring(desk, "a", gradient)
+    first = desk.begin("a", form()).finish()
+    assert room.shown is first
+    desk.pick("a", "apple")
+    assert room.shown is None
+    second = desk.begin("a", form()).finish()
+    assert desk.show("a", "1") is first is room.shown and room.name == "apple.png"
+    assert desk.restore("a", "1") is first
+    assert room.name == "in.png" and room.picture.tobytes() == gradient.tobytes()
+    assert desk.restore("a", "2") is second and room.name == "apple.png"
+    for number, says in (("3", "no longer kept"), ("-1", "no result '-1'"), ("x", "no result 'x'")):
+        with pytest.raises(RetourError, match=says):
+            desk.restore("a", number)
+    assert room.shown is second
+
+
+def test_what_was_not_read_of_a_prompt_is_said(desk, gradient):
+    bring(desk, "a", gradient)
+    entry = desk.begin("a", form(target="a cat " + "very " * 80 + "late")).finish()
+    assert [cut.split()[-1] for cut in entry.made.unread] == ["late"]
+    assert "so not read: very" in markup.result(entry)
+    short = desk.begin("a", form(source="a cat", target="a dog")).finish()
+    assert short.made.unread == () and "not read" not in markup.result(short)
+
+
+def test_a_form_is_filled_in_as_it_was(desk):
+    fields = menus.form("edit", "p2p")
+    given = menus.read_options("edit", "p2p", '{"self_steps": "0.3", "mode": "refine"}')
+    plain, filled = (markup.options("edit", "p2p", fields, g) for g in (None, given))
+    assert 'data-default="0.6" value="0.6"' in plain
+    assert 'data-default="0.6" value="0.3"' in filled
+    assert '<option value="refine" selected="">' in filled
+    # The script begins anew with what is filled in, and keeps what was typed otherwise.
+    assert 'data-made="p2p"' in plain and 'data-made="p2p"' not in filled
+
+
+def test_results_of_the_strip_are_told_apart(desk, gradient):
+    bring(desk, "a", gradient)
+    source = "a red apple on a table"
+    for target in ("a green apple on a table", "a red apple", source):
+        desk.begin("a", form(source=source, target=target)).finish()
+    strip = markup.history(list(desk.rooms.enter("a").history))
+    assert re.findall("<span>(.*?)</span>", strip) == ["p2p", "− on a table", "green"]
+
+
 def test_examples_can_be_picked(desk):
     chosen = desk.pick("a", "apple")
     assert desk.rooms.enter("a").name == "apple.png" and "apple" in chosen.prompt
@@ -148,8 +199,9 @@ def test_examples_can_be_picked(desk):
 
 
 def test_menus_replace_what_does_not_go(desk):
-    menu = desk.menu("tiny-sd", "lazydrag", "virtual")
-    assert menu.editor == "p2p" and menu.inverter == "virtual"
+    menu = desk.menu("tiny-sd", "lazydrag", "uniinv")
+    assert menu.editor == "p2p" and menu.inverter == "direct"  # Not the other editor's own.
+    assert desk.menu("tiny-sd", "p2p", "virtual").inverter == "virtual"
     assert desk.menu("tiny-sd", "infedit").inverter == "virtual"
 
 
@@ -174,12 +226,13 @@ def test_what_strangers_write_is_escaped(desk, gradient):
     entry = desk.begin("a", form(source=evil, target=evil + " cat")).finish()
     room = desk.rooms.enter("a")
     parts = (
-        markup.picture(gradient, evil, notice=evil),
+        markup.picture(gradient, evil),
         markup.words(evil, evil + " cat"),
         markup.history(list(room.history)),
         markup.result(entry),
         markup.reproduce(entry),
-        markup.no_result(evil),
+        markup.notice(evil),
+        markup.options("edit", "p2p", menus.form("edit", "p2p"), {"blend": evil}),
     )
     assert not any("<img src=x" in part for part in parts)
     assert "&lt;img" in parts[4]

@@ -61,6 +61,12 @@ def test_uploads_are_bounded_in_bytes_and_pixels(gradient):
         drawing.read_file(upload(png(bomb)), ALLOWED)
 
 
+def test_a_picture_beyond_what_is_decoded_at_all_is_told_the_same_limit():
+    bomb = Image.new("1", (20_000, 20_000))
+    with pytest.raises(RetourError, match="far too many pixels.*at most 24,000,000"):
+        drawing.read_file(upload(png(bomb)), ALLOWED)
+
+
 def painted(size, box):
     layer = numpy.zeros((size[1], size[0], 4), numpy.uint8)
     left, top, right, bottom = box
@@ -84,6 +90,20 @@ def test_points_become_pixels_in_pairs():
     text = json.dumps([[0, 0], [1, 1], [0.5, 0.25], [0.5, 0.75], [0.1, 0.1]])
     assert drawing.read_points(text, (64, 32)) == ((0, 0, 63, 31), (32, 8, 32, 24))
     assert drawing.read_points("", (64, 32)) == ()
+
+
+@pytest.mark.parametrize("size", [(64, 32), (31, 700), (1, 1)])
+def test_a_drawing_goes_back_to_the_page_and_comes_again(size):
+    width, height = size
+    drags = ((0, 0, width - 1, height - 1), (width // 2, 0, 0, height // 3))
+    assert drawing.read_points(json.dumps(drawing.fractions(drags, size)), size) == drags
+    spots = numpy.random.default_rng(0).integers(0, 2, (height, width), numpy.uint8) * 255
+    spots[0, 0] = 255
+    mask = Image.fromarray(spots)
+    # As the page enlarges it: every pixel a square.
+    sheet = drawing.painting(mask).resize((8 * width, 8 * height), Image.Resampling.NEAREST)
+    again = drawing.read_mask(drawing.data_url(png(sheet)), size, ALLOWED)
+    assert again.tobytes() == mask.tobytes()
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "[[1,2,3]]", '[["a", 0]]', "[[null, 0]]"])

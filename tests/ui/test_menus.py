@@ -78,10 +78,13 @@ def test_inverters_follow_the_editor(model):
     assert "infedit requires (anchored)" in refused["ddim"]
 
 
-def test_facts_say_cost_exactness_and_needs():
+def test_facts_say_cost_exactness_and_what_is_wanted_of_the_visitor():
     assert menus.facts(get("invert", "edict"))[:2] == (
         "2N (4N guided) evaluations for N steps",
         "exact round trip",
     )
     assert "needs a mask" in menus.facts(get("edit", "mask-blend"))
+    assert "needs drag points" in menus.facts(get("edit", "lazydrag"))
+    # What it needs of the model is no warning: it is there.
+    assert not any("attention" in f for e in entries("edit") for f in menus.facts(e))
     assert menus.facts(get("invert", "virtual"))[0] == "no evaluations"

@@ -147,6 +147,139 @@ def test_history_shows_an_earlier_result(visit):
     assert "lemon" not in page.inner_text(".r-code:visible pre")
 
 
+def draw(page, tool, *points):
+    """Press, move and let go, in fractions of the picture."""
+    if page.locator(f"button[data-tool={tool}]").get_attribute("aria-pressed") == "false":
+        page.click(f"button[data-tool={tool}]")
+    box = page.locator("#u-source canvas").bounding_box()
+    for place, (across, down) in enumerate(points):
+        page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"])
+        if place == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def asked(page):
+    """What the page would send with the form."""
+    return json.loads(page.evaluate("window.retour.gather('')[0]"))
+
+
+def test_an_earlier_results_settings_come_back(visit):
+    """Picture, drawing, prompts, methods, numbers and options; and the very pixels with them."""
+    page = visit()
+    pick(page, "apple", steps=2)
+    draw(page, "paint", (0.2, 0.2), (0.8, 0.3), (0.4, 0.8))
+    page.click("#u-options button")
+    page.fill("[data-task=edit] [name=self_steps]", "0.3")
+    page.locator("#u-guidance input").fill("2.5")
+    edit(page)
+    before = {name: page.input_value(f"#u-{name} textarea") for name in ("before", "after")}
+    pick(page, "fish", steps=1)
+    choose(page, "editor", "masactrl")
+    page.wait_for_selector("[data-task=edit] [name=depth]")
+    edit(page)
+    page.click("[data-result='1']")
+    page.wait_for_selector("[data-restore='1']")
+    assert page.locator("#u-source img").get_attribute("alt") == "fish.png"  # Looked at, no more.
+    page.click("[data-restore='1']")
+    page.wait_for_selector("#u-source img[alt='apple.png']")
+    page.wait_for_selector("[data-task=edit] [name=self_steps]")
+    assert {n: page.input_value(f"#u-{n} textarea") for n in before} == before
+    assert page.locator("#u-steps input").input_value() == "2"
+    assert page.locator("#u-guidance input").input_value() == "2.5"
+    page.wait_for_function("window.retour.gather('')[0].includes('image/png')")
+    assert asked(page)["options"]["edit"] == {"self_steps": "0.3"}
+    page.click("#u-run")
+    page.wait_for_selector("[data-result='3'][aria-current=true]")
+    first, third = (page.locator(f"[data-result='{n}'] img").get_attribute("src") for n in (1, 3))
+    assert first == third
+
+
+def test_a_drawing_belongs_to_its_picture(visit):
+    """The framework keeps the canvas when the picture changes; what is on it must go."""
+    page = visit()
+    pick(page, "apple")
+    draw(page, "paint", (0.2, 0.2), (0.8, 0.3))
+    page.set_input_files("#r-file", {"name": "x.png", "mimeType": "image/png", "buffer": b"no"})
+    page.wait_for_selector("#u-note .r-notice")
+    assert asked(page)["mask"]  # A file that cannot be read changes nothing.
+    draw(page, "drag", (0.5, 0.5))
+    assert page.inner_text("#u-source .r-told") == "Now click where it should go."
+    draw(page, "drag", (0.6, 0.5))
+    assert len(asked(page)["points"]) == 2
+    page.click("#u-run")
+    page.wait_for_selector("#u-said >> text='p2p' does not use drag points")
+    pick(page, "cat")
+    page.wait_for_function("!window.retour.gather('')[0].includes('image/png')")
+    assert asked(page)["points"] == [] and page.locator("[data-clear]").is_hidden()
+
+
+def test_what_was_typed_for_one_method_is_not_sent_for_another(visit):
+    page = visit()
+    page.click("#u-options button")
+    for field in page.locator("[data-task=edit] input").all():
+        field.fill("0.123")
+    choose(page, "inverter", "ddim")
+    page.wait_for_function("document.querySelector('#u-inverter input').value.startsWith('ddim')")
+    page.wait_for_selector("[data-task=invert][data-made=ddim]")
+    assert len(asked(page)["options"]["edit"]) > 3  # The same editor's stay.
+    choose(page, "editor", "masactrl")
+    page.wait_for_selector("[data-task=edit][data-made=masactrl]")
+    assert asked(page)["options"] == {"edit": {}, "invert": {}}
+
+
+def test_an_error_leaves_the_last_result_where_it_is(visit):
+    page = visit()
+    pick(page, "rose", steps=1)
+    edit(page)
+    page.locator(".r-compare input").fill("20")
+    for number, says in (("0", "Steps is 0: choose"), ("", "Steps is empty: give a number")):
+        page.locator("#u-steps input").fill(number)
+        page.click("#u-run")
+        page.wait_for_selector(f"#u-said >> text={says}")
+    assert page.locator(".r-compare input").input_value() == "20"
+    page.locator("#u-steps input").fill("250")
+    page.focus("#u-run")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".r-busy [role=progressbar]")
+    page.wait_for_function("document.activeElement.id === 'u-stop'")  # The keyboard goes on.
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#u-said >> text=Stopped.")
+    assert page.locator(".r-compare").count() == 1
+    page.wait_for_function("document.activeElement.id === 'u-run'")
+
+
+def test_another_picture_meanwhile_keeps_its_own_prompts(visit):
+    """A guess that a job made fills in the prompt of the job's picture only."""
+    page = visit()
+    pick(page, "house", steps=40)
+    page.fill("#u-before textarea", "")
+    page.click("#u-run")
+    page.wait_for_selector(".r-busy")
+    page.click("[data-sample=ghost]")
+    page.wait_for_selector("#u-source img[alt='ghost.png']")
+    page.wait_for_selector(".r-compare")
+    assert "ghost" in page.input_value("#u-before textarea")
+
+
+def test_the_page_can_be_used_by_keyboard_and_read_aloud(visit):
+    page = visit()
+    pick(page, "star", steps=1)
+    assert page.locator("h1").inner_text() == "retour"
+    edit(page)
+    page.focus("[data-tab='0']")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("[role=tab][aria-selected=true]").inner_text() == "Command line"
+    assert page.inner_text("[role=tabpanel]:visible pre").startswith("retour edit")
+    nameless = page.evaluate(
+        """[...document.querySelectorAll('button, input, select, textarea, a[href]')]
+        .filter((e) => e.offsetParent && !e.ariaLabel && !e.textContent.trim() && !e.title)
+        .filter((e) => !(e.labels && e.labels.length))
+        .map((e) => e.outerHTML.slice(0, 120))"""
+    )
+    assert nameless == []
+
+
 def test_cancel_stops_within_a_step(visit, server):
     page = visit()
     pick(page, "cat", steps=250)
@@ -175,8 +308,8 @@ def test_bad_files_get_one_sentence(visit, tmp_path):
     page = visit()
     (tmp_path / "notes.png").write_text("hello")
     page.set_input_files("#r-file", tmp_path / "notes.png")
-    page.wait_for_selector("#u-source .r-notice")
-    assert page.inner_text("#u-source .r-notice").startswith("'notes.png' is not a picture")
+    page.wait_for_selector("#u-note .r-notice")
+    assert page.inner_text("#u-note .r-notice").startswith("'notes.png' is not a picture")
     (tmp_path / "large.png").write_bytes(bytes(600_000))
     page.set_input_files("#r-file", tmp_path / "large.png")
     page.wait_for_selector("text=make it smaller first, at most 524,288")
@@ -184,7 +317,7 @@ def test_bad_files_get_one_sentence(visit, tmp_path):
     page.set_input_files("#r-file", tmp_path / "wide.png")
     page.wait_for_selector("text=is 13,000 x 2 pixels")
     page.click("#u-run")
-    page.wait_for_selector("text=there is no picture yet")
+    page.wait_for_selector("#u-said >> text=There is no picture yet")
 
 
 def test_two_visitors_at_once_do_not_mix(visit):
@@ -268,6 +401,42 @@ def test_the_framework_behind_the_guard_refuses_too(server):
     assert blocks.allowed_paths == [] and blocks.blocked_paths == [os.path.abspath(os.sep)]
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert blocks.share is False and blocks.server_name == "127.0.0.1"
+
+
+@pytest.mark.parametrize("path", ["https://example.com/a.png", "/etc/passwd"])
+def test_nothing_is_fetched_for_a_visitor(path, server, monkeypatch):
+    """An object that poses as a file has the framework fetch its address, or copy its path."""
+    from gradio import processing_utils
+
+    fetched = []
+
+    async def fetch(url, *more):
+        fetched.append(url)
+        raise OSError("nothing is there")
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetch)
+    file = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
+    for data in (file, [file], {"a": file}):
+        visit = {"data": [data], "fn_index": 0, "session_hash": "stranger"}
+        asked = urllib.request.Request(
+            server.url + "gradio_api/queue/join", json.dumps(visit).encode(),
+            {"content-type": "application/json"},
+        )  # fmt: skip
+        urllib.request.urlopen(asked, timeout=20).close()
+        told = server.url + "gradio_api/queue/data?session_hash=stranger"
+        with urllib.request.urlopen(told, timeout=20) as lines:
+            ended = next(line for line in lines if b"process_completed" in line)
+        assert b'"success":false' in ended.replace(b" ", b"")
+    assert fetched == [] and list(server.folder.rglob("*.*")) == []
+
+
+def test_a_page_that_others_reach_says_so(caplog):
+    from retour.ui.desk import Desk
+    from retour.ui.serve import Server
+
+    with Server(Desk(), host="0.0.0.0", port=0) as running:
+        assert running.url.startswith("http://127.0.0.1:")
+    assert "whoever reaches this machine" in caplog.text and "no password" in caplog.text
 
 
 def test_a_taken_port_is_said(server, capsys):

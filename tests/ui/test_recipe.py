@@ -132,6 +132,7 @@ def test_device_and_dtype_are_told():
         ("../../etc/passwd", "passwd.png"),
         ("C:\\temp\\my cat.png", "my-cat.png"),
         ("--out.png", "out.png"),
+        ("a <b>cat (2).png", "a-b-cat-2.png"),
         ("", "picture.png"),
         ("🙂.png", "picture.png"),
         ("a" * 200 + ".png", "a" * 40 + ".png"),

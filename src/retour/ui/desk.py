@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..captions import propose
 from ..core.model import Model
-from ..core.registry import get
+from ..core.registry import entries, get
 from ..errors import RetourError
 from ..io import Limits
 from . import menus
@@ -37,6 +37,7 @@ class Menu:
     """What can be chosen for a model and an editor, and what is chosen.
 
     Attributes:
+        name: of the model on the shelf.
         model: the model.
         editors: all of them.
         inverters: all of them, for that editor.
@@ -46,6 +47,7 @@ class Menu:
         guidance: of the model, or of the editor, where nobody says.
     """
 
+    name: str
     model: Model
     editors: list[menus.Choice]
     inverters: list[menus.Choice]
@@ -136,13 +138,14 @@ class Desk:
         editors = menus.editors(loaded)
         chosen = _one_of(editors, editor)
         inverters = menus.inverters(loaded, chosen)
-        other = _one_of(inverters, inverter)
+        # An editor that was replaced takes its inverter with it.
+        other = _one_of(inverters, inverter if chosen == editor else None)
         dragging = takes_drags(get("edit", chosen))
         guidance = DRAG_GUIDANCE if dragging else loaded.default_guidance
         steps = loaded.default_steps
         if loaded.device.type == "cpu":
             steps = min(steps, QUICK_STEPS)
-        return Menu(loaded, editors, inverters, chosen, other, steps, guidance)
+        return Menu(model, loaded, editors, inverters, chosen, other, steps, guidance)
 
     # --- Bringing a picture ---
 
@@ -150,14 +153,26 @@ class Desk:
         """Take an upload into a visitor's room."""
         room = self.rooms.enter(session)
         found = read_file(text, self.allowed)
-        room.picture, room.name = found.image, file_name(found.name)
+        room.bring(found.image, file_name(found.name))
         return room
 
     def pick(self, session: str | None, name: str) -> Sample:
         """Take an example into a visitor's room."""
         room, chosen = self.rooms.enter(session), sample(name)
-        room.picture, room.name = chosen.picture, f"{chosen.name}.png"
+        room.bring(chosen.picture, f"{chosen.name}.png")
         return chosen
+
+    def show(self, session: str | None, number: str) -> Entry:
+        """Let a visitor look at an earlier result."""
+        room = self.rooms.enter(session)
+        room.shown = room.find(_numbered(number))
+        return room.shown
+
+    def restore(self, session: str | None, number: str) -> Entry:
+        """The same, with the picture that it was made of back as the one to edit."""
+        room, entry = self.rooms.enter(session), self.show(session, number)
+        room.picture, room.name = entry.picture, entry.made.recipe.picture
+        return entry
 
     def guess(self, session: str | None) -> Ticket:
         """Guess what a visitor's picture shows; the ticket's result is the prompt."""
@@ -194,6 +209,11 @@ class Desk:
             in_turn = options["edit"].pop(menus.IN_TURN.name, "False") == "True"
         given = {t: json.dumps(options[t]) for t in options}
         points = read_points(json.dumps(drawn["points"]), room.picture.size)
+        if points and not dragging:
+            raise RetourError(
+                f"editor {form.editor!r} does not use drag points: press Clear to take them away, "
+                f"or choose an editor that does ({', '.join(_dragging())})"
+            )
         source = form.source.strip()
         return Recipe(
             picture=room.name,
@@ -226,6 +246,21 @@ def _one_of(choices: list[menus.Choice], wanted: str | None) -> str:
     return wanted if wanted in fitting else "p2p" if "p2p" in fitting else fitting[0]
 
 
+def _dragging() -> list[str]:
+    """Editors that drag points, each with what it needs of a model."""
+    found = [e for e in entries("edit") if takes_drags(e)]
+    return [
+        e.name + (f", on a model with {' and '.join(sorted(e.needs))}" if e.needs else "")
+        for e in found
+    ]
+
+
+def _numbered(text: str) -> int:
+    if not text.isdecimal():
+        raise RetourError(f"there is no result {text[:20]!r}: choose one of the strip")
+    return int(text)
+
+
 def _picture(room: Room) -> Image.Image:
     if room.picture is None:
         raise RetourError("there is no picture yet: drop one, or pick an example")
@@ -251,6 +286,8 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
+    if value is None:
+        raise RetourError(f"{name} is empty: give a number")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise RetourError(f"{name} is {value!r}: give a number")
     if abs(value) == float("inf"):

@@ -89,6 +89,20 @@ def read_points(text: str, size: Size) -> Drags:
     return tuple((*a, *b) for a, b in zip(pixels[::2], pixels[1::2], strict=False))
 
 
+def fractions(drags: Drags, size: Size) -> list[tuple[float, float]]:
+    """Points that `read_points` reads as these drags: the middles of their pixels."""
+    width, height = size
+    ends = [end for a, b, c, d in drags for end in ((a, b), (c, d))]
+    return [((x + 0.5) / width, (y + 0.5) / height) for x, y in ends]
+
+
+def painting(mask: Image.Image) -> Image.Image:
+    """A mask as the page paints it: colour where the edit may act, nothing elsewhere."""
+    layer = Image.new("RGBA", mask.size, (255, 255, 255, 0))
+    layer.putalpha(mask.convert("L"))
+    return layer
+
+
 def _pixel(point: tuple[float, float], size: Size) -> tuple[int, int]:
     x, y = (min(int(part * side), side - 1) for part, side in zip(point, size, strict=True))
     return x, y

@@ -120,8 +120,8 @@ class Line:
                 raise RetourError("the page is closing: start it again with `retour ui`")
             if len(self._waiting) + (self._running is not None) > self.longest:
                 raise RetourError(
-                    f"the server is busy and {len(self._waiting)} more jobs wait, which is as many "
-                    "as may: try again in a minute"
+                    f"the server is busy and its queue of {self.longest} is full: try again in a "
+                    "minute"
                 )
             self._waiting.append(ticket)
             self._changed.notify_all()

@@ -21,6 +21,7 @@ from ..api import usual_inverter
 from ..core.model import Model
 from ..core.registry import Entry, build_options, entries, get
 from ..errors import RetourError, check_range, unknown
+from .recipe import takes_drags
 
 WORDS = frozenset(
     ("blend", "blend_subtract", "cross_steps", "edit_words", "keep_words", "masks", "negative")
@@ -39,7 +40,7 @@ class Choice:
     Attributes:
         name: of the method.
         summary: what it is good at.
-        facts: short facts: cost, exactness, needs.
+        facts: short facts: cost, exactness, what it wants of the visitor.
         refused: why it cannot be chosen; "" if it can.
     """
 
@@ -102,12 +103,15 @@ def _choice(entry: Entry, refused: str) -> Choice:
 
 
 def facts(entry: Entry) -> tuple[str, ...]:
-    """Short facts of a method: cost, exactness, needs."""
+    """Short facts of a method: cost, exactness, what it wants of the visitor.
+
+    What it needs of the model is no fact of a method that fits: it is why others do not.
+    """
     found = [f"{entry.nfe} evaluations for N steps" if "N" in entry.nfe else "no evaluations"]
     found += ["exact round trip"] if entry.exact else []
     found += ["random"] if entry.stochastic else []
     found += ["needs a mask"] if entry.facts.get("mask") else []
-    found += [f"needs {', '.join(sorted(entry.needs))}"] if entry.needs else []
+    found += ["needs drag points"] if takes_drags(entry) else []
     return tuple(found)
 
 
@@ -142,8 +146,7 @@ def fields(task: str, name: str) -> list[Field]:
 
 def form(task: str, name: str) -> list[Field]:
     """All that a visitor may set beside a method: its options, and rounds where it takes drags."""
-    drags = any(f.name == "drags" for f in dataclasses.fields(get(task, name).options))
-    return fields(task, name) + [IN_TURN] * drags
+    return fields(task, name) + [IN_TURN] * takes_drags(get(task, name))
 
 
 def _field(name: str, kinds: list[Any], default: Any, said: str) -> Field | None:

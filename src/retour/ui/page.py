@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import gradio as gr
 
 from ..errors import RetourError
 from . import markup, menus
-from .desk import Desk, Form, Job, Menu
+from .desk import DRAG_GUIDANCE, Desk, Form, Job, Menu
 from .drawing import shown
+from .recipe import Recipe
 from .rooms import Entry, Room
 from .samples import samples
 from .work import Progress, Stopped
@@ -42,6 +43,8 @@ def theme() -> Any:
         block_info_text_color="*neutral_500",
         block_info_text_color_dark="*neutral_400",
         background_fill_secondary="*neutral_100",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
         color_accent="*primary_600",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
@@ -60,6 +63,22 @@ def looks() -> dict[str, Any]:
     }
 
 
+class _Plain(gr.Blocks):
+    """Blocks whose visitors send texts and numbers, and nothing else.
+
+    An object may pose as a file by its address, and the framework fetches what is there, or looks
+    for it on this machine, before any component is asked.
+    """
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: list[Any], *more: Any, **named: Any
+    ) -> Any:
+        """Refuse what is neither text nor number; the rest is the framework's."""
+        if any(isinstance(value, (dict, list)) for value in inputs):
+            raise gr.Error("only texts and numbers are taken: reload the page")
+        return await super().preprocess_data(block_fn, inputs, *more, **named)
+
+
 class Page:
     """The page of a desk.
 
@@ -70,7 +89,7 @@ class Page:
     def __init__(self, desk: Desk):
         self.desk = desk
         first = desk.menu(desk.shelf.names[0])
-        with gr.Blocks(title="retour", analytics_enabled=False, fill_width=True) as blocks:
+        with _Plain(title="retour", analytics_enabled=False, fill_width=True) as blocks:
             self._build(first)
             self._wire()
         self.blocks = blocks
@@ -82,7 +101,9 @@ class Page:
         with gr.Row(elem_id="u-main"):
             with gr.Column(elem_id="u-left"):
                 with gr.Row(elem_id="u-stage"):
-                    self.source = gr.HTML(markup.no_picture(), elem_id="u-source")
+                    with gr.Column(elem_id="u-source"):
+                        self.source = gr.HTML(markup.no_picture())
+                        self.note = gr.HTML("", elem_id="u-note")
                     self.result = gr.HTML(markup.no_result(), elem_id="u-result")
                 gr.HTML(markup.samples_strip(samples().values()), elem_id="u-samples")
                 self.history = gr.HTML("", elem_id="u-history")
@@ -92,8 +113,9 @@ class Page:
                 self._build_methods(menu)
         with gr.Row(elem_id="u-hidden"):
             self.payload = gr.Textbox(elem_id="u-payload", show_label=False)
-            self.take, self.pick, self.show, self.refuse = (
-                gr.Button(name, elem_id=f"u-{name}") for name in ("take", "pick", "show", "refuse")
+            self.take, self.pick, self.show, self.restore, self.refuse = (
+                gr.Button(name, elem_id=f"u-{name}")
+                for name in ("take", "pick", "show", "restore", "refuse")
             )
 
     def _build_prompts(self) -> None:
@@ -104,13 +126,14 @@ class Page:
             )  # fmt: skip
             self.guess = gr.Button("Guess it", size="sm", elem_id="u-guess")
             self.after = gr.Textbox(
-                label="What it shall show", lines=2, max_lines=4, elem_id="u-after",
+                label="What it should show", lines=2, max_lines=4, elem_id="u-after",
                 placeholder="a 3d render of a green apple",
             )  # fmt: skip
             self.words = gr.HTML("", elem_id="u-words")
             with gr.Row(elem_id="u-go"):
                 self.run = gr.Button("Edit", variant="primary", elem_id="u-run")
                 self.stop = gr.Button("Cancel", variant="stop", elem_id="u-stop", visible=False)
+            self.said = gr.HTML("", elem_id="u-said")
 
     def _build_methods(self, menu: Menu) -> None:
         names = self.desk.shelf.names
@@ -128,13 +151,12 @@ class Page:
             )
             self.inverter_facts = gr.HTML(_facts(menu, "inverter"), elem_id="u-inverter-facts")
             with gr.Row(elem_id="u-numbers"):
-                self.steps = gr.Number(
-                    menu.steps, label="Steps", precision=0, minimum=1, elem_id="u-steps"
-                )
+                # Their bounds are the desk's, which says what is wrong with a number.
+                self.steps = gr.Number(menu.steps, label="Steps", elem_id="u-steps")
                 self.scale = gr.Number(
-                    menu.guidance, label="Guidance", minimum=0, step=0.5, elem_id="u-guidance"
+                    menu.guidance, label="Guidance", step=0.5, elem_id="u-guidance"
                 )
-                self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="u-seed")
+                self.seed = gr.Number(0, label="Seed", elem_id="u-seed")
             with gr.Accordion("Options of the methods", open=False, elem_id="u-options"):
                 self.edit_options = gr.HTML(_options("edit", menu.editor))
                 self.invert_options = gr.HTML(_options("invert", menu.inverter))
@@ -148,27 +170,29 @@ class Page:
             self.edit_options, self.invert_options,
         ]  # fmt: skip
         numbers = [self.steps, self.scale]
-        brought = [self.source, self.result, self.before, self.after, self.words]
-        _on(self.take.click, self._take, [self.payload], [*brought, self.again], js=PAYLOAD)
-        _on(self.pick.click, self._pick, [self.payload], [*brought, self.again], js=PAYLOAD)
-        _on(self.refuse.click, self._refuse, [self.payload], [self.source], js=PAYLOAD)
-        shown = [self.result, self.history, self.again]
+        prompts = [self.before, self.after, self.words]
+        shown = [self.result, self.history, self.again, self.said]
+        brought = [self.source, self.note, self.result, *prompts, self.again, self.said]
+        _on(self.take.click, self._take, [self.payload], brought, js=PAYLOAD)
+        _on(self.pick.click, self._pick, [self.payload], brought, js=PAYLOAD)
+        _on(self.refuse.click, self._refuse, [self.payload], [self.note], js=PAYLOAD)
         _on(self.show.click, self._show, [self.payload], shown, js=PAYLOAD)
-        _on(self.guess.click, self._guess, [], [self.before, self.guess, self.words, self.result],
+        _on(self.restore.click, self._restore, [self.payload],
+            [*shown, self.source, self.note, *prompts, *menu, *numbers, self.seed],
+            js=PAYLOAD)  # fmt: skip
+        _on(self.guess.click, self._guess, [], [self.before, self.guess, self.words, self.said],
             concurrency_limit=None)  # fmt: skip
         # One listener for both prompts: of two, an earlier answer could come last and stay.
         changes = partial(gr.on, [self.before.change, self.after.change])
         _on(changes, markup.words, [self.before, self.after], [self.words],
             queue=False, trigger_mode="always_last")  # fmt: skip
         _on(self.model.input, self._choose_model, chosen, [*menu, *numbers])
-        _on(self.editor.input, self._choose_editor, chosen, [*menu, *numbers])
+        _on(self.editor.input, self._choose_editor, [*chosen, self.scale], [*menu, *numbers])
         _on(self.inverter.input, self._choose_inverter, chosen, menu)
-        form = [self.before, self.after, *chosen, *numbers, self.seed, self.payload]
         _on(
-            self.run.click, self._run, [form[0], form[1], self.model, self.editor, self.inverter,
-            self.steps, self.scale, self.seed, self.payload],
-            [self.result, self.run, self.stop, self.before, self.history, self.again],
-            js=GATHER, concurrency_limit=None,
+            self.run.click, self._run, [self.before, self.after, *chosen, *numbers, self.seed,
+            self.payload],
+            [*shown, self.run, self.stop, self.before], js=GATHER, concurrency_limit=None,
         )  # fmt: skip
         _on(self.stop.click, self._stop, [], [self.stop], queue=False)
         # The framework calls this when the visitor has gone.
@@ -180,42 +204,50 @@ class Page:
         try:
             room = self.desk.upload(request.session_hash, text)
         except RetourError as error:
-            return self._unchanged(request, str(error))
+            return self._refused(str(error))
         return self._brought(room, "", "")
 
     def _pick(self, name: str, request: gr.Request) -> Any:
         try:
             chosen = self.desk.pick(request.session_hash, name)
         except RetourError as error:
-            return self._unchanged(request, str(error))
+            return self._refused(str(error))
         room = self.desk.rooms.enter(request.session_hash)
         return self._brought(room, chosen.prompt, chosen.target)
 
     def _brought(self, room: Room, before: str, after: str) -> Any:
         assert room.picture is not None
-        source = markup.picture(room.picture, room.name)
-        return source, markup.no_result(), before, after, markup.words(before, after), ""
+        source, words = markup.picture(room.picture, room.name), markup.words(before, after)
+        return source, "", markup.no_result(), before, after, words, "", ""
 
-    def _unchanged(self, request: gr.Request, notice: str) -> Any:
-        """The old picture stays, below a notice."""
-        return self._noticed(request, notice), *[gr.skip()] * 5
+    def _refused(self, said: str) -> Any:
+        """The old picture stays, with what was drawn on it."""
+        return gr.skip(), markup.notice(said), *[gr.skip()] * 6
 
-    def _noticed(self, request: gr.Request, notice: str) -> str:
-        room = self.desk.rooms.enter(request.session_hash)
-        if room.picture is None:
-            return markup.no_picture(notice)
-        return markup.picture(room.picture, room.name, notice)
-
-    def _refuse(self, said: str, request: gr.Request) -> str:
-        return self._noticed(request, said[:300])
+    def _refuse(self, said: str) -> str:
+        return markup.notice(said[:300])
 
     def _show(self, number: str, request: gr.Request) -> Any:
-        room = self.desk.rooms.enter(request.session_hash)
         try:
-            entry = room.find(int(number))
-        except (RetourError, ValueError) as error:
-            return markup.no_result(str(error)), gr.skip(), gr.skip()
-        return _finished(room, entry)
+            entry = self.desk.show(request.session_hash, number)
+        except RetourError as error:
+            return *[gr.skip()] * 3, markup.notice(str(error))
+        return *_finished(self.desk.rooms.enter(request.session_hash), entry), ""
+
+    def _restore(self, number: str, request: gr.Request) -> Any:
+        try:
+            entry = self.desk.restore(request.session_hash, number)
+            recipe = entry.made.recipe
+            model = self.desk.shelf.shown(recipe.model)
+            menu = self.desk.menu(model, recipe.editor, recipe.inverter)
+        except RetourError as error:
+            return *[gr.skip()] * 3, markup.notice(str(error)), *[gr.skip()] * 15
+        source, target = recipe.source or "", recipe.target
+        picture = markup.picture(entry.picture, recipe.picture, entry.mask, recipe.drags)
+        prompts = source, target, markup.words(source, target)
+        numbers = recipe.steps, recipe.guidance, recipe.seed
+        shown = _finished(self.desk.rooms.enter(request.session_hash), entry)
+        return *shown, "", picture, "", *prompts, *self._menu_updates(menu, recipe), *numbers
 
     def _guess(self, request: gr.Request) -> Iterator[Any]:
         wait = gr.update(value="Guessing", interactive=False)
@@ -223,10 +255,10 @@ class Page:
         same = gr.skip()
         try:
             ticket = self.desk.guess(request.session_hash)
-            yield same, wait, same, same
+            yield same, wait, same, ""
             prompt = ticket.result()
         except (RetourError, Stopped) as error:
-            yield same, ready, same, markup.no_result(str(error))
+            yield same, ready, same, markup.notice(str(error))
             return
         yield prompt, ready, same, same
 
@@ -240,25 +272,34 @@ class Page:
         try:
             job = self.desk.begin(request.session_hash, form)
         except RetourError as error:
-            yield markup.no_result(str(error)), *idle, same, same, same
+            yield same, same, same, markup.notice(str(error)), *idle, same
             return
+
+        def ended(said: str, kind: str = "error") -> Any:
+            """What was shown before the job, and why it has no result."""
+            last = job.room.shown
+            result = markup.no_result() if last is None else markup.result(last)
+            return result, same, same, markup.notice(said, kind), *idle, same
+
         try:
             for html in _progress(job):
-                yield html, *busy, same, same, same
+                yield html, same, same, "", *busy, same
             entry = job.finish()
         except Stopped:
-            yield markup.no_result("Stopped.", "info"), *idle, same, same, same
+            yield ended("Stopped.", "info")
         except RetourError as error:
-            yield markup.no_result(str(error)), *idle, same, same, same
+            yield ended(str(error))
         except GeneratorExit:  # the visitor has gone
             job.ticket.cancel()
             raise
         except Exception:
             logger.exception("a job failed")
-            yield markup.no_result(BROKEN), *idle, same, same, same
+            yield ended(BROKEN)
         else:
-            found, strip, again = _finished(job.room, entry)
-            yield found, *idle, entry.made.recipe.source, strip, again
+            # A guess is filled in, unless another picture has come meanwhile.
+            guessed = not before.strip() and job.room.picture is job.picture
+            source = entry.made.recipe.source if guessed else same
+            yield *_finished(job.room, entry), "", *idle, source
 
     def _stop(self, request: gr.Request) -> Any:
         self.desk.cancel(request.session_hash)
@@ -271,10 +312,11 @@ class Page:
         menu = self._menu(model, editor, inverter)
         return *self._menu_updates(menu), menu.steps, menu.guidance
 
-    def _choose_editor(self, model: str, editor: str, inverter: str) -> Any:
-        # Its own inverter, not the last editor's.
+    def _choose_editor(self, model: str, editor: str, inverter: str, scale: Any) -> Any:
+        # Its own inverter, not the last editor's; a scale of the visitor's own stays.
         menu = self._menu(model, editor, None)
-        return *self._menu_updates(menu), gr.skip(), menu.guidance
+        usual = scale in (DRAG_GUIDANCE, menu.model.default_guidance)
+        return *self._menu_updates(menu), gr.skip(), menu.guidance if usual else gr.skip()
 
     def _choose_inverter(self, model: str, editor: str, inverter: str) -> Any:
         return self._menu_updates(self._menu(model, editor, inverter))
@@ -285,16 +327,17 @@ class Page:
         except RetourError as error:
             raise gr.Error(str(error)) from None
 
-    def _menu_updates(self, menu: Menu) -> list[Any]:
-        name = menu.model.name
+    def _menu_updates(self, menu: Menu, recipe: Recipe | None = None) -> list[Any]:
+        """The menus and forms; with a recipe, as they were for it."""
+        given = {} if recipe is None else _given(recipe)
         return [
-            gr.update(info=self.desk.shelf.summary(name) if name in self.desk.shelf.names else ""),
+            gr.update(value=menu.name, info=self.desk.shelf.summary(menu.name)),
             gr.update(choices=_labels(menu.editors), value=menu.editor),
             _facts(menu, "editor"),
             gr.update(choices=_labels(menu.inverters), value=menu.inverter),
             _facts(menu, "inverter"),
-            _options("edit", menu.editor),
-            _options("invert", menu.inverter),
+            _options("edit", menu.editor, given.get("edit")),
+            _options("invert", menu.inverter, given.get("invert")),
         ]
 
 
@@ -318,8 +361,14 @@ def _facts(menu: Menu, which: str) -> str:
     return markup.method(chosen, choices, which)
 
 
-def _options(task: str, name: str) -> str:
-    return markup.options(task, name, menus.form(task, name))
+def _options(task: str, name: str, given: Mapping[str, Any] | None = None) -> str:
+    return markup.options(task, name, menus.form(task, name), given)
+
+
+def _given(recipe: Recipe) -> dict[str, Mapping[str, Any]]:
+    """The options that a recipe was made with, by task."""
+    edit = {**recipe.editor_options} | ({menus.IN_TURN.name: True} if recipe.in_turn else {})
+    return {"edit": edit, "invert": recipe.inverter_options}
 
 
 def _buttons(busy: bool) -> tuple[Any, Any]:

@@ -226,5 +226,6 @@ def _path(name: str) -> str:
 def file_name(given: str, otherwise: str = "picture") -> str:
     """A harmless PNG file name made of one that a stranger gave."""
     stem = PurePath(given.replace("\\", "/")).stem
-    kept = "".join(c if c.isalnum() or c in "-_" else "-" for c in stem).strip("-_")[:40]
+    words = "".join(c if c.isalnum() or c in "-_" else " " for c in stem).split()
+    kept = "-".join(words).strip("-_")[:40]
     return f"{kept or otherwise}.png"

@@ -46,12 +46,14 @@ class Room:
         picture: the picture to edit.
         name: its file name.
         history: the latest results, newest last.
+        shown: the result that the visitor looks at.
         ticket: the job that waits or runs.
     """
 
     picture: Image.Image | None = None
     name: str = ""
     history: deque[Entry] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    shown: Entry | None = None
     ticket: Ticket | None = None
     made: int = 0
     touched: float = field(default_factory=time.monotonic)
@@ -75,7 +77,12 @@ class Room:
         self.made += 1
         entry = Entry(self.made, made, picture, mask, seconds)
         self.history.append(entry)
+        self.shown = entry
         return entry
+
+    def bring(self, picture: Image.Image, name: str) -> None:
+        """Put another picture to edit in place of the last one, which no result is shown of."""
+        self.picture, self.name, self.shown = picture, name, None
 
     def find(self, number: int) -> Entry:
         """A result of the history."""

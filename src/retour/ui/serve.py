@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 from ..errors import RetourError, check_range
 from .desk import Desk
 from .guard import LOCAL, Guard
+
+logger = logging.getLogger(__name__)
 
 HOST, PORT = "127.0.0.1", 7860
 PREFIX = "retour-ui-"
@@ -44,8 +47,15 @@ class Server:
         except BaseException:
             self.close()
             raise
-        name = f"[{host}]" if ":" in host else host
+        # A browser goes to an address, not to all of them.
+        named = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+        name = f"[{named}]" if ":" in named else named
         self.url = f"http://{name}:{self.port}/"
+        if not _local(host):
+            logger.warning(
+                "the page listens on %s: whoever reaches this machine there can use it, for it "
+                "asks for no password", host or "all addresses"
+            )
 
     def _launch(self, host: str) -> Any:
         os.environ["GRADIO_TEMP_DIR"] = str(self.folder)
@@ -55,7 +65,7 @@ class Server:
         from .page import Page, looks
 
         most = 4 * ((self.desk.allowed.bytes or 0) // 3 + 1) + JSON_ROOM
-        local = host in (*LOCAL, "::1")
+        local = _local(host)
         blocks = Page(self.desk).blocks
         blocks.queue(max_size=64, api_open=False, default_concurrency_limit=4)
         settings: dict[str, Any] = {
@@ -123,6 +133,11 @@ def import_gradio() -> Any:
             f'{gradio.__version__} is installed: pip install --upgrade "retour[ui]"'
         )
     return gradio
+
+
+def _local(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    return host in (*LOCAL, "::1")
 
 
 def _free_port(host: str, port: int) -> int:

@@ -45,6 +45,10 @@ class Shelf:
             raise unknown("model", name, self.sources)
         return self.sources[name]
 
+    def shown(self, source: str) -> str:
+        """The name on the shelf of what `source` gave."""
+        return next(name for name, given in self.sources.items() if given == source)
+
     def get(self, name: str) -> Model:
         """A model of the shelf; nothing else can be loaded."""
         source = self.source(name)

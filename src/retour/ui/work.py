@@ -94,6 +94,7 @@ class Made:
         after: the edited one, of the same size.
         png: `after` as a PNG file, its record inside.
         record: facts of the run.
+        unread: ends of prompts that the model does not read, for they are too long.
     """
 
     recipe: Recipe
@@ -101,6 +102,7 @@ class Made:
     after: Image.Image
     png: bytes
     record: dict[str, Any]
+    unread: tuple[str, ...] = ()
 
 
 Tell = Callable[[Progress], None]
@@ -182,7 +184,9 @@ def make(
     done = replace(recipe, source=result.inversion.prompts[0])
     before, _ = fit(picture, native=model.native, multiple=model.multiple)
     png = png_bytes(result.image, result.record)
-    return Made(done, before, result.image, png, result.record)
+    prompts = dict.fromkeys(p for p in (done.source, done.target) if p)
+    cuts = tuple(cut for prompt in prompts if (cut := model.tokens(prompt).cut))
+    return Made(done, before, result.image, png, result.record, cuts)
 
 
 def _edited(
