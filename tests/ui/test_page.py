@@ -410,7 +410,7 @@ def test_nothing_is_fetched_for_a_visitor(path, server, monkeypatch):
 
     fetched = []
 
-    async def fetch(url, *more):
+    async def fetch(url, **more):
         fetched.append(url)
         raise OSError("nothing is there")
 
