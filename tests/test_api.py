@@ -55,16 +55,28 @@ def pairs():
                 )
 
 
+def called_too_early(*_):
+    raise AssertionError("the network was called before everything was checked")
+
+
 @pytest.mark.parametrize(("method", "editor", "family"), list(pairs()))
-def test_every_pair_runs_or_is_refused(method, editor, family):
+def test_every_pair_runs_or_is_refused(method, editor, family, monkeypatch):
     mask = np.zeros((16, 16))
     mask[4:12, 4:12] = 1
+
+    def check(stand_in):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model(family)), "network", called_too_early)
+            api.refuse_edit(stand_in, TARGET, editor=editor.name, mask=mask)
+
     possible = method.needs | editor.needs <= model(family).capabilities
     if not (possible and editor.requires <= method.provides):
         with pytest.raises(retour.RetourError, match="use "):
             retour.edit(invert(family, method=method.name), TARGET, editor=editor.name)
+        with pytest.raises(retour.RetourError, match="use "):
+            invert(family, method=method.name, check=check)
         return
-    inversion = invert(family, method=method.name)
+    inversion = invert(family, method=method.name, check=check)
     result = retour.edit(inversion, TARGET, editor=editor.name, mask=mask)
     assert result.image.size == (16, 16)
     assert torch.isfinite(result.latents).all()

@@ -214,6 +214,36 @@ def test_bad_arguments(more, says, image, folder, tmp_path, capsys, monkeypatch)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--target", ""), "target prompt is empty"),
+        (("--inverter", "ddim", "--editor", "infedit"), "does not go with inverter 'ddim'"),
+        (("--inverter", "ddim", "--editor", "lazydrag"), "needs joint-attention"),
+        (("--editor", "mask-blend"), "give mask="),
+        (("--mask", "black.png"), "black everywhere"),
+        (("-E", "blend=zebra"), "names the word 'zebra'"),
+        (("-E", "reweight=zebra:2"), "names the word 'zebra'"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused_before_the_inversion(
+    more, says, image, folder, tmp_path, capsys, monkeypatch
+):
+    def network(*_):
+        raise AssertionError("the inversion has begun")
+
+    monkeypatch.setattr(DiffusersUNet, "network", network)
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (48, 32)).save("black.png")
+    assert edit(image, folder, tmp_path / "out.png", *more) == 2
+    _one_sentence(capsys.readouterr().err, says)
+    if "--target" not in more:
+        return
+    given = ("--source", SOURCE, "--model", folder, "--steps", 3, "-o", tmp_path / "out.png")
+    assert retour("vary", image, *given, *more) == 2
+    _one_sentence(capsys.readouterr().err, says)
+
+
 def _one_sentence(text: str, says: str) -> None:
     assert text.count("\n") == 1 and "Traceback" not in text
     assert says in text

@@ -5,7 +5,7 @@ An inversion is made once and can be edited many times; every function returns i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,9 +29,9 @@ from .core.control import Control
 from .core.guidance import Guidance
 from .core.loop import Observer, walk
 from .core.model import Condition, Ledger, Model
-from .core.registry import Entry, entries, get
+from .core.registry import Entry, build_options, entries, get
 from .core.state import Inversion
-from .editors.base import EditJob, Start
+from .editors.base import EditJob, Editor, Start
 from .editors.blend import MaskBlend
 from .errors import check_finite
 from .inverters.base import Job, Replay
@@ -51,6 +51,7 @@ __all__ = [
     "invert",
     "methods",
     "reconstruct",
+    "refuse_edit",
     "refuse_impossible",
     "usual_inverter",
 ]
@@ -114,6 +115,7 @@ def invert(
     seed: int = 0,
     rule: Guidance | None = None,
     controls: Sequence[Control] = (),
+    check: Callable[[Inversion], None] | None = None,
     **options: Any,
 ) -> Inversion:
     """Take images back to the noise that this model would have made them from.
@@ -130,6 +132,8 @@ def invert(
         seed: seed of all noise that the method draws.
         rule: how guidance combines predictions; None is classifier-free guidance.
         controls: further controls for the walk.
+        check: called before the network is, with a stand-in of the inversion that has the data at
+            every level; what it raises ends the run. See :func:`refuse_edit`.
         options: options of the method.
 
     Returns:
@@ -160,6 +164,9 @@ def invert(
         ledger=ledger,
         controls=controls,
     )
+    placed = [p.told() for p in placements]
+    if check is not None:
+        check(_stand_in(job, entry, options, placed))
     inversion = inverter.invert(job)
     check_finite(inversion.noise, "the inverted latents", "use fewer steps or a smaller guidance")
     asked = {
@@ -172,11 +179,20 @@ def invert(
         "guidance": scale,
         "seed": seed,
         "cut": _cut(model, prompts),
-        "placements": [p.told() for p in placements],
+        "placements": placed,
     }
     found = inversion.record  # what the method wants remembered
     inversion.record = {**found, **describe_run("invert", model, ledger, len(prompts), asked)}
     return inversion
+
+
+def _stand_in(
+    job: Job, entry: Entry, options: dict[str, Any], placed: list[dict[str, Any]]
+) -> Inversion:
+    states = {"x": job.latents.expand(job.grid.steps + 1, *job.latents.shape)}
+    found = job.pack(entry.name, build_options(entry, options), job.grid, states)
+    found.record = {"steps": job.grid.steps, "placements": placed}
+    return found
 
 
 def encode(model: Model, pictures: Sequence[Image.Image | Clip]) -> Tensor:
@@ -247,24 +263,15 @@ def edit(
         RetourError: for input that cannot be used, before any work.
     """
     model = inversion.attached()
-    entry, method = get("edit", editor), get("invert", inversion.method)
-    plan = entry.make(**options)
-    refuse_impossible(model, method, entry)
-    targets = targets_of(target, inversion.images)
-    scale = inversion.guidance if guidance is None else guidance_of(model, guidance)
+    plan = _editor(inversion, editor, options)
     replay = plan.replay(_replay(inversion, model))
-    source = plan.source_branch or replay.source_branch
-    denoiser = _edit_denoiser(model, inversion, targets, scale, source, rule)
-    denoiser.branches = plan.arrange(denoiser.branches)
-    job = EditJob(
-        model, inversion, denoiser.layout, targets, inversion.grid, masks_of(mask, inversion)
+    scale = inversion.guidance if guidance is None else guidance_of(model, guidance)
+    denoiser, job, controls = _arranged(
+        inversion, target, plan, scale, mask, rule, replay.source_branch
     )
-    controls = [plan.control(job)]
-    if job.mask is not None and not plan.masks:
-        controls.append(MaskBlend(job))
     start = plan.prepare(job, denoiser, replay)
     latents = _descend(replay, inversion, denoiser, start, controls, observers)
-    prompts = [p for ps in targets.values() for p in ps]
+    prompts = [p for ps in job.targets.values() for p in ps]
     asked = {
         "inverter": inversion.method,
         "inverter_options": inversion.options,
@@ -282,6 +289,63 @@ def edit(
     record["nfe_edit"] = record["nfe"]
     record["nfe"] = record["nfe_edit"] + inversion.record.get("nfe", 0.0)
     return _edit_result(model, latents, inversion, denoiser.layout, record)
+
+
+def refuse_edit(
+    inversion: Inversion,
+    target: str | Sequence[str],
+    *,
+    editor: str = "p2p",
+    guidance: float | None = None,
+    mask: Any = None,
+    **options: Any,
+) -> None:
+    """Refuse what :func:`edit` would, without walking: as `check` of :func:`invert`, before both.
+
+    Args:
+        inversion: an inversion or the stand-in of one.
+        target: as for :func:`edit`.
+        editor: as for :func:`edit`.
+        guidance: as for :func:`edit`.
+        mask: as for :func:`edit`.
+        options: options of the editor.
+
+    Raises:
+        RetourError: for input that cannot be used.
+    """
+    plan = _editor(inversion, editor, options)
+    scale = inversion.guidance if guidance is None else guidance_of(inversion.attached(), guidance)
+    _arranged(inversion, target, plan, scale, mask, None, False)
+
+
+def _editor(inversion: Inversion, editor: str, options: dict[str, Any]) -> Editor:
+    entry = get("edit", editor)
+    plan: Editor = entry.make(**options)
+    refuse_impossible(inversion.attached(), get("invert", inversion.method), entry)
+    return plan
+
+
+def _arranged(
+    inversion: Inversion,
+    target: str | Sequence[str],
+    plan: Editor,
+    scale: float,
+    mask: Any,
+    rule: Guidance | None,
+    source: bool,
+) -> tuple[Denoiser, EditJob, list[Control]]:
+    """What an edit walks with; nothing that speaks against it is found later than here."""
+    model, targets = inversion.attached(), targets_of(target, inversion.images)
+    carried = plan.source_branch or source
+    denoiser = _edit_denoiser(model, inversion, targets, scale, carried, rule)
+    denoiser.branches = plan.arrange(denoiser.branches)
+    job = EditJob(
+        model, inversion, denoiser.layout, targets, inversion.grid, masks_of(mask, inversion)
+    )
+    controls = [plan.control(job)]
+    if job.mask is not None and not plan.masks:
+        controls.append(MaskBlend(job))
+    return denoiser, job, controls
 
 
 def _branch(name: str, condition: Condition, inversion: Inversion, scale: float) -> Branch:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..core.state import Inversion
 
 from ..io import WRITABLE, check_writable, read_picture
 from .application import app
@@ -59,18 +62,14 @@ def edit(
     if mask is not None:
         read_picture(mask)
     check_method("edit", editor, edit_options)
+    asked: dict[str, Any] = {"editor": editor, "guidance": guidance, "mask": mask}
+    asked |= key_values(edit_options)
     inversion = inversion_of(
         image, source, model, device, dtype, invert_options, inverter, editor, outs,
+        check=lambda found: api.refuse_edit(found, target, **asked),
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
-    result = api.edit(
-        inversion,
-        target,
-        editor=editor,
-        guidance=guidance,
-        mask=mask,
-        **key_values(edit_options),
-    )
+    result = api.edit(inversion, target, **asked)
     for index, path in enumerate(outs):
         result.save(path, index=index, keep_size=keep_size)
     print_record(result.record, outs, as_json)
@@ -164,12 +163,17 @@ def vary(
         read_picture(mask)
     options = {"seed": seed, **key_values(edit_options)}
     check_method("edit", "rival", [f"{key}={value}" for key, value in options.items()])
+    asked: dict[str, Any] = {"editor": "rival", "guidance": guidance, "mask": mask, **options}
+
+    def shown(found: Inversion) -> list[str]:
+        return [found.prompts[0] if target is None else target] * count
+
     inversion = inversion_of(
         image, source, model, device, dtype, invert_options, inverter,
+        check=lambda found: api.refuse_edit(found, shown(found), **asked),
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
-    targets = [inversion.prompts[0] if target is None else target] * count
-    result = api.edit(inversion, targets, editor="rival", guidance=guidance, mask=mask, **options)
+    result = api.edit(inversion, shown(inversion), **asked)
     for index, path in enumerate(outs):
         result.save(path, index=index, keep_size=keep_size)
     print_record(result.record, outs, as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +77,13 @@ def inversion_of(
     method: str | None,
     editor: str = "p2p",
     outs: Sequence[Path] = (),
+    check: Callable[[Inversion], None] | None = None,
     **settings: Any,
 ) -> Inversion:
     """Read an inversion file, or invert a picture (by default, as the editor likes it).
 
     A folder of frames or an animated picture is a clip, to a model of clips, which all of `outs`
-    must be able to hold.
+    must be able to hold. `check` refuses what cannot follow, before the inversion is made.
     """
     from .. import api
     from ..core.state import Inversion
@@ -105,7 +106,9 @@ def inversion_of(
     if method is None:
         method = api.usual_inverter(editor, loaded)
         check_method("invert", method, options)
-    inversion = api.invert(loaded, shown, source, method=method, **settings, **key_values(options))
+    inversion = api.invert(
+        loaded, shown, source, method=method, check=check, **settings, **key_values(options)
+    )
     if source is None:
         say(f"source prompt (guessed): {inversion.prompts[0]!r}")
     return inversion
