@@ -38,6 +38,9 @@ def test_rows_are_addressed_by_name():
         ("target", "cond", 1),
     ]
     assert condition.prompts == ("", "", "red", "green", "blue", "blue")
+    assert rows.conditional() == {
+        ("source", 0): 2, ("source", 1): 3, ("target", 0): 4, ("target", 1): 5,
+    }  # fmt: skip
     assert plan.reads.tolist() == [2, 3, 0, 1, 2, 3]
     assert rows.where("target").tolist() == [0, 1, 4, 5]
     assert rows.where("target", "cond").tolist() == [4, 5]
@@ -109,6 +112,8 @@ def test_layout():
     }
     with pytest.raises(ValueError):
         layout["nobody"]
+    moved = layout.replaced(x, {"a": torch.tensor([7, 8]), "nobody": x})
+    assert moved.tolist() == [0, 1, 7, 8, 4, 5] and x.tolist() == list(range(6))
 
 
 def test_auxiliary_branches_are_no_targets():

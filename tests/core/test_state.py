@@ -54,6 +54,15 @@ def test_state():
     assert moved.memory is state.memory
 
 
+def test_memories_without_a_track_stay_as_they_are():
+    state = State(points(2), {"y": points(2, seed=1), "z": points(2, seed=2)})
+    track = State(points(2, seed=3), {"y": points(2, seed=4), "w": points(2)})
+    found = state.beside(track, torch.add)
+    assert torch.equal(found.x, state.x + track.x)
+    assert torch.equal(found.memory["y"], state.memory["y"] + track.memory["y"])
+    assert found.memory["z"] is state.memory["z"] and "w" not in found.memory
+
+
 def test_stack_leaves_out_a_history_that_has_just_begun():
     x = points(2)
     named = stack([State(x), State(x, {"x0": x}), State(x, {"x0": x})])
@@ -65,6 +74,8 @@ def test_ends(inversion):
     assert torch.equal(inversion.latents, points(2))
     assert torch.equal(inversion.noise, inversion.states["x"][4])
     assert torch.equal(inversion.end().memory["y"], inversion.states["y"][4])
+    assert torch.equal(inversion.at(1).x, inversion.states["x"][1])
+    assert torch.equal(inversion.at(1).memory["y"], inversion.states["y"][1])
 
 
 def test_take_repeats_images(inversion):

@@ -16,7 +16,7 @@ from retour.attention.hooks import hooked
 from retour.captions import captioner
 from retour.core import registry
 from retour.core.branches import Branch, Denoiser
-from retour.core.grid import Grid, Step
+from retour.core.grid import Grid, Step, part_of
 from retour.core.guidance import Interval
 from retour.core.loop import walk
 from retour.core.model import Condition
@@ -240,7 +240,7 @@ def test_energies_are_means_over_everything_of_a_row():
 def test_the_last_guided_step_scales_with_their_number(options, count, steps):
     """Upstream the schedules are tables of 50 entries."""
     numbers = GuideRescaleOptions(**options).numbers()
-    assert method.part_of(numbers.until, steps) == count
+    assert part_of(numbers.until, steps) == count
 
 
 def test_only_the_first_steps_cost_more(family, inv):

@@ -12,10 +12,10 @@ from retour.attention.control import AttentionCall, AttentionControl
 from retour.core import registry
 from retour.core.branches import Row, Rows, Wrapped
 from retour.core.control import Chain, Control
-from retour.core.grid import Step
+from retour.core.grid import Step, part_of
 from retour.core.loop import walk
 from retour.core.state import State
-from retour.editors._inject import lenders, part_of
+from retour.editors._inject import lenders
 from retour.editors.base import EditJob
 from retour.editors.masactrl import (
     MasaCtrl,

@@ -7,7 +7,7 @@ a conditional one. Controls address rows by name, never by index arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +55,10 @@ class Row:
 class Rows(tuple[Row, ...]):
     """The names of all rows of one network call, in batch order."""
 
+    def conditional(self) -> dict[tuple[str, int], int]:
+        """Index of each conditional row, by branch and image."""
+        return {(row.branch, row.image): i for i, row in enumerate(self) if row.half == "cond"}
+
     def where(self, branch: str | None = None, half: str | None = None) -> Tensor:
         """Indices (long) of the rows of that branch and half (``cond`` or ``uncond``)."""
         return torch.tensor(
@@ -83,6 +87,10 @@ class Layout:
         """Yield `(branch name, its rows)`."""
         for name in self.names:
             yield name, x[self[name]]
+
+    def replaced(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """Stacked rows with those of some branches replaced; out of place."""
+        return torch.cat([parts.get(name, part) for name, part in self.split(x)])
 
     def targets(self) -> tuple[str, ...]:
         """The branches whose ends are results: neither the source nor auxiliary ones."""

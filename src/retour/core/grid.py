@@ -37,6 +37,21 @@ class Step:
         return self.count - 1 - self.index
 
     @property
+    def passed(self) -> float:
+        """Part of a generation's steps that lie behind, 0 at the noisiest."""
+        return self.position / self.count
+
+    @property
+    def departure(self) -> int:
+        """Index among the grid's times of the one that it leaves."""
+        return self.index + 1 if self.down else self.index
+
+    @property
+    def arrival(self) -> int:
+        """Index among the grid's times of the one that it comes to."""
+        return self.index if self.down else self.index + 1
+
+    @property
     def noisy(self) -> float:
         """The noisier end of the interval: where generation queries the network."""
         return self.t if self.down else self.s
@@ -81,8 +96,13 @@ class Grid:
         """Keep the `int(N * strength)` cleanest intervals (SDEdit's and EDICT's strength)."""
         if not 0 < strength <= 1:
             raise RetourError(f"strength must be above 0 and at most 1, got {strength}")
-        keep = max(1, int(round(self.steps * strength, 9)))
+        keep = max(1, part_of(strength, self.steps))
         return Grid(self.times[: keep + 1])
+
+
+def part_of(fraction: float, whole: int) -> int:
+    """How many steps (or layers) that fraction of them is, rounded down."""
+    return int(round(fraction * whole, 9))
 
 
 def check_steps(steps: int, limit: int | None = None) -> int:
@@ -130,11 +150,6 @@ def discrete_grid(
 def shift(sigma: float, factor: float) -> float:
     r"""Resolution shift of a flow time, :math:`s' = k s / (1 + (k-1) s)`."""
     return factor * sigma / (factor * sigma + (1 - sigma))  # written so that 1 stays exactly 1
-
-
-def unshift(sigma: float, factor: float) -> float:
-    """Inverse of :func:`shift`."""
-    return sigma / (sigma + factor * (1 - sigma))
 
 
 def flow_grid(steps: int, factor: float = 1.0) -> Grid:

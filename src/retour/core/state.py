@@ -43,6 +43,19 @@ class State:
         """One copy of all rows for each of `count` branches."""
         return self.map(lambda v: copies(v, count))
 
+    def beside(self, track: State, combine: Callable[[Tensor, Tensor], Tensor]) -> State:
+        """Combine the latents, and every memory that `track` has too, with its own; keep the rest.
+
+        Args:
+            track: the state of an inversion, B rows.
+            combine: (own rows, B rows of the track) -> new rows.
+        """
+        memory = {
+            name: combine(value, track.memory[name]) if name in track.memory else value
+            for name, value in self.memory.items()
+        }
+        return State(combine(self.x, track.x), memory)
+
     def with_x(self, x: Tensor) -> State:
         """Replace the latents, keep the memory."""
         return State(x, self.memory)
@@ -108,9 +121,14 @@ class Inversion:
         placements = self.record.get("placements")
         return (placements[0]["canvas"][1], placements[0]["canvas"][0]) if placements else None
 
+    def at(self, index: int) -> State:
+        """State at `grid.times[index]`, as far as it is kept."""
+        fields = {name: values[index] for name, values in self.states.items()}
+        return State(fields.pop("x"), fields)
+
     def end(self) -> State:
         """State at the noisy end, from which generation returns."""
-        return State(self.noise, {k: v[-1] for k, v in self.states.items() if k != "x"})
+        return self.at(-1)
 
     def take(self, rows: Sequence[int]) -> Inversion:
         """Pick (and repeat) images: several edits of one inversion in one batch, say."""

@@ -60,13 +60,9 @@ class _Corresponding(AttentionControl):
 
     def rows(self, call: AttentionCall) -> tuple[list[Key], Tensor, Tensor]:
         """Targets' rows of this call: their keys, indices, and those of the rows they read."""
-        source = {
-            row.image: k
-            for k, row in enumerate(call.rows)
-            if row.branch == self.reference and row.half == "cond"
-        }
+        place = call.rows.conditional()
         found = [
-            ((row.branch, row.image), k, source[row.image])
+            ((row.branch, row.image), k, place[self.reference, row.image])
             for k, row in enumerate(call.rows)
             if (row.branch, row.image) in self.maps
         ]
@@ -203,9 +199,9 @@ class Refinement(_Corresponding):
 
 
 def done(step: Step | None) -> float:
-    """Fraction of the steps that lie behind."""
+    """Part of the steps that lie behind."""
     assert step is not None
-    return step.position / step.count
+    return step.passed
 
 
 def _with_image(call: AttentionCall, x: Tensor, rows: Tensor, image: Tensor) -> Tensor:

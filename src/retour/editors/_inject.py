@@ -56,11 +56,6 @@ def pushed(scale: float, part: float) -> float:
     return 1 + part * (scale - 1)
 
 
-def part_of(fraction: float, whole: int) -> int:
-    """How many steps (or layers) that fraction of them is, rounded down."""
-    return int(round(fraction * whole, 9))
-
-
 def decoder_site(
     model: Model, latent: tuple[int, int], kind: str, *, joint: str, depth: float
 ) -> FeatureSite:

@@ -58,8 +58,7 @@ class Way:
 
     def at(self, depth: int) -> State:
         """The inverted state of that depth."""
-        states = {k: v[depth].to(self.model.device) for k, v in self.inversion.states.items()}
-        return State(states.pop("x"), states)
+        return self.inversion.at(depth).map(lambda v: v.to(self.model.device))
 
     def embed(self, prompt: str) -> Condition:
         """A prompt for this image."""

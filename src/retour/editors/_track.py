@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import torch
 from torch import Tensor
 
 from ..attention.control import AttentionControl
@@ -34,7 +33,7 @@ class OnTrack(Control):
         names: Collection[str] = ("source",),
         watching: Sequence[AttentionControl] = (),
     ):
-        self.states, self.names, self.watching = inversion.states, frozenset(names), watching
+        self.inversion, self.names, self.watching = inversion, frozenset(names), watching
 
     def attention(self) -> Sequence[AttentionControl]:
         """What it was given."""
@@ -42,19 +41,11 @@ class OnTrack(Control):
 
     def after_step(self, step: Step, state: State, before: State, layout: Layout) -> State:
         """Overwrite."""
-        place = step.index if step.down else step.index + 1
-        memory = {
-            name: self._follow(value, self.states[name][place], layout)
-            if name in self.states
-            else value
-            for name, value in state.memory.items()
-        }
-        return State(self._follow(state.x, self.states["x"][place], layout), memory)
 
-    def _follow(self, value: Tensor, track: Tensor, layout: Layout) -> Tensor:
-        return torch.cat(
-            [track.to(part) if name in self.names else part for name, part in layout.split(value)]
-        )
+        def follow(value: Tensor, track: Tensor) -> Tensor:
+            return layout.replaced(value, dict.fromkeys(self.names, track.to(value)))
+
+        return state.beside(self.inversion.at(step.arrival), follow)
 
 
 def watch_source(

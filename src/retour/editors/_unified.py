@@ -146,7 +146,7 @@ class CrossControl(AttentionControl):
     def probs(self, call: AttentionCall, probs: Tensor) -> Tensor:
         """Give aligned tokens of the targets the layout's maps."""
         assert call.text is not None
-        place = {(r.branch, r.image): i for i, r in enumerate(call.rows) if r.half == "cond"}
+        place = call.rows.conditional()
         maps = call.image_to_text(probs)
         rows, given = [], []
         for (branch, image), alignment in self.alignments.items():

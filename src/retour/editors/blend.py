@@ -172,23 +172,16 @@ class MaskBlend(Control):
     def __init__(self, job: EditJob):
         if job.mask is None:
             raise RetourError("blending with a mask needs one: give mask=... (--mask)")
-        self.states, self.mask = job.inversion.states, job.mask
-        images, _, *frames, height, width = self.states["x"].shape[1:]
+        self.inversion, self.mask = job.inversion, job.mask
+        images, _, *frames, height, width = self.inversion.latents.shape
         wanted = (images, 1, *[1 for _ in frames], height, width)
         if tuple(self.mask.shape) not in (wanted, (1, *wanted[1:])):
             raise RetourError(f"the mask has shape {tuple(self.mask.shape)}: give {wanted}")
 
     def after_step(self, step: Step, state: State, before: State, layout: Layout) -> State:
         """Copy the trajectory's state at the end of this step to the outside of the mask."""
-        place = step.index if step.down else step.index + 1
-        x = self._blend(state.x, self.states["x"][place], layout)
-        memory = {
-            name: self._blend(value, self.states[name][place], layout)
-            if name in self.states
-            else value
-            for name, value in state.memory.items()
-        }
-        return State(x, memory)
+        track = self.inversion.at(step.arrival)
+        return state.beside(track, lambda value, source: self._blend(value, source, layout))
 
     def _blend(self, value: Tensor, source: Tensor, layout: Layout) -> Tensor:
         mask, source = self.mask.to(value), source.to(value)

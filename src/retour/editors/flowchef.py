@@ -168,10 +168,9 @@ class _Edit(Steer):
 
     def held(self, step: Step) -> Mapping[str, Cost]:
         """What holds the targets in this step."""
-        done = step.position / step.count
-        if done >= self.options.until:
+        if step.passed >= self.options.until:
             return {}
-        cost = self.everything if done < self.options.source_until else self.background
+        cost = self.everything if step.passed < self.options.source_until else self.background
         return dict.fromkeys(self.targets, cost)
 
     def branches(self, step: Step, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:

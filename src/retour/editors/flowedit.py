@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ..core.branches import Branch, Denoiser, Layout, Wrapped
 from ..core.control import Control
-from ..core.grid import Step, shift
+from ..core.grid import Step, part_of, shift
 from ..core.path import Prediction, levels, predict
 from ..core.registry import Paper, get, register
 from ..core.state import State
@@ -145,7 +145,7 @@ class FlowEdit(Editor):
 
     def _count(self, job: EditJob, part: float) -> int:
         whole = job.inversion.record.get("steps", job.grid.steps)
-        return min(job.grid.steps, int(round(part * whole, 9)))
+        return min(job.grid.steps, part_of(part, whole))
 
 
 def scaled(branch: Branch, scale: float | None) -> Branch:

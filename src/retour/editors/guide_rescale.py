@@ -60,13 +60,13 @@ from torch import Tensor
 
 from ..core.branches import Branch, Denoiser, Layout, Wrapped
 from ..core.control import Control
-from ..core.grid import Step
+from ..core.grid import Step, part_of
 from ..core.guidance import Guidance
 from ..core.registry import Paper, register
 from ..errors import RetourError, check_range
 from ._balance import Halves, Pulled
 from ._energy import Internals, Reads, descent, distance, look
-from ._inject import decoder_site, part_of
+from ._inject import decoder_site
 from .base import EditJob, Editor
 
 PLACES = 64 * 64  # of the latents that the published scales are for

@@ -219,8 +219,7 @@ class LazyDrag(Editor):
         """The inversion's state at some depth; memories that it does not keep start anew."""
         if depth == job.grid.steps:
             return end
-        kept = {k: v[depth].to(end.x) for k, v in job.inversion.states.items()}
-        return State(kept.pop("x"), kept)
+        return job.inversion.at(depth).map(lambda v: v.to(end.x))
 
     def maps(self, job: EditJob) -> list[DragMap]:
         """One map of the tokens for each image, as attention follows it."""
@@ -299,8 +298,7 @@ class _Source(Control):
 
     def finish(self, x: Tensor, layout: Layout) -> Tensor:
         """The data's own latents."""
-        parts = [self.latents.to(v) if k == "source" else v for k, v in layout.split(x)]
-        return torch.cat(parts)
+        return layout.replaced(x, {"source": self.latents.to(x)})
 
 
 def _single(model: Model) -> list[AttentionSite]:

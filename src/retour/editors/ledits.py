@@ -204,8 +204,7 @@ class _Semantic(Control):
         self, step: Step, denoise: Denoiser | Wrapped, layout: Layout
     ) -> Denoiser | Wrapped:
         """Add the concepts' guidance to the targets' predictions."""
-        passed = step.position / step.count
-        acts = self.options.warmup <= passed < self.options.cooldown
+        acts = self.options.warmup <= step.passed < self.options.cooldown
 
         def guide(found: Prediction, x: Tensor, t: float) -> Prediction:
             faces = {name: found.map(lambda f, n=name: f[layout[n]]) for name in layout.names}

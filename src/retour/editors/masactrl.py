@@ -67,11 +67,11 @@ from ..attention.control import AttentionCall, AttentionControl
 from ..attention.store import AttentionStore
 from ..core.branches import Branch, rescale
 from ..core.control import Control
-from ..core.grid import Step
+from ..core.grid import Step, part_of
 from ..core.model import AttentionSite, Model
 from ..core.registry import Paper, register
 from ..errors import RetourError, check_range
-from ._inject import borrowed, embed, lenders, part_of
+from ._inject import borrowed, embed, lenders
 from .align import positions
 from .base import EditJob, Editor
 from .blend import LEAST_GRID

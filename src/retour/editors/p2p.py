@@ -182,7 +182,7 @@ class P2PAttention(AttentionControl):
         return known
 
     def _find_rows(self, rows: Rows) -> tuple[list[int], Tensor, Tensor]:
-        place = {(r.branch, r.image): i for i, r in enumerate(rows) if r.half == "cond"}
+        place = rows.conditional()
         found = [
             (n, place[key], place["source", key[1]])
             for n, key in enumerate(self.keys)

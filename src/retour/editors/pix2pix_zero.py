@@ -178,9 +178,7 @@ class _Guidance(Control):
         moved = dict(
             zip(layout.targets(), (x - self.options.rate * slope).chunk(len(targets)), strict=True)
         )
-        return state.with_x(
-            torch.cat([moved.get(name, part) for name, part in layout.split(state.x)])
-        )
+        return state.with_x(layout.replaced(state.x, moved))
 
     def _halves(self, branches: Sequence[Branch]) -> list[Condition]:
         """Conditions of the rows whose attention is held, the conditional ones first."""

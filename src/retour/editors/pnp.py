@@ -35,19 +35,18 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ..attention.control import AttentionCall, AttentionControl
 from ..attention.features import FeatureCall, FeatureControl
 from ..core.branches import Branch, Layout
 from ..core.control import Chain, Control
-from ..core.grid import Step
+from ..core.grid import Step, part_of
 from ..core.model import AttentionSite, FeatureSite
 from ..core.registry import Paper, register
 from ..core.state import State
 from ..errors import check_range
-from ._inject import attention_after, borrowed, decoder_site, embed, lenders, part_of
+from ._inject import attention_after, borrowed, decoder_site, embed, lenders
 from ._track import OnTrack
 from .base import EditJob, Editor
 
@@ -189,7 +188,5 @@ class _Plugs(Control):
 
     def before_step(self, step: Step, state: State, layout: Layout) -> State:
         """The source stands on the inverted latents of the time that is left."""
-        place = step.index + 1 if step.down else step.index
-        track = self.track[place].to(state.x)
-        parts = [track if name == "source" else x for name, x in layout.split(state.x)]
-        return state.with_x(torch.cat(parts))
+        track = self.track[step.departure].to(state.x)
+        return state.with_x(layout.replaced(state.x, {"source": track}))

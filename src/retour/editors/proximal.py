@@ -215,12 +215,8 @@ class InversionGuidance(Control):
         """Pull, with what the solver remembers of the latents too where its track is known."""
         if not step.down or step.index >= round(self.last * step.count, 9):
             return state
-        states = self.inversion.states
-        memory = {
-            name: self._pull(value, states[name][step.index], layout) if name in states else value
-            for name, value in state.memory.items()
-        }
-        return State(self._pull(state.x, states["x"][step.index], layout), memory)
+        track = self.inversion.at(step.arrival)
+        return state.beside(track, lambda value, held: self._pull(value, held, layout))
 
     def _pull(self, value: Tensor, track: Tensor, layout: Layout) -> Tensor:
         track = track.to(value)

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -47,12 +48,12 @@ from ..attention.control import AttentionCall, AttentionControl
 from ..attention.hooks import hooked
 from ..core.branches import Branch, Denoiser, Layout, Wrapped
 from ..core.control import Control
-from ..core.grid import Step
+from ..core.grid import Step, part_of
 from ..core.model import AttentionSite, Ledger, Model
 from ..core.path import Path, Prediction
 from ..core.registry import get, register
 from ..core.solver import Solver
-from ..core.state import Inversion, State
+from ..core.state import Inversion
 from ..errors import check_range
 from ..solvers._flow import clock
 from ..solvers.runge_kutta import RF_SOLVER_PAPER
@@ -201,11 +202,18 @@ class Sharing(Control):
 
     def __init__(self, job: EditJob, options: RFEditOptions):
         self.job, self.options = job, options
-        self.count = int(round(options.inject * job.grid.steps, 9))
+        self.count = part_of(options.inject, job.grid.steps)
         self.sites = last_layers(job.model, options.blocks)
         self.giver = Giver(self.sites, options)
-        method = get("invert", job.inversion.method).make(**job.inversion.options)
-        self.solver: Solver = method.replay(job.inversion).solver
+
+    @cached_property
+    def solver(self) -> Solver:
+        """The inverter's own."""
+        inversion = self.job.inversion
+        solver: Solver = (
+            get("invert", inversion.method).make(**inversion.options).replay(inversion).solver
+        )
+        return solver
 
     def attention(self) -> Sequence[AttentionControl]:
         """What gives, if anything is given at all."""
@@ -224,8 +232,7 @@ class Sharing(Control):
         place = step.index if up else step.index + 1
         ends = (step.clean, step.noisy) if up else (step.noisy, step.clean)
         taken = Step(step.index, step.count, *ends, not up)
-        now = {k: v[place].to(job.model.device) for k, v in inversion.states.items()}
-        state = State(now.pop("x"), now)
+        state = inversion.at(place).map(lambda v: v.to(job.model.device))
         keeper = Keeper(self.sites, taken, job.model.path, self.giver.which)
         source = Denoiser(job.model, [_source(inversion)], ledger=ledger)
         with hooked(source, [keeper]):

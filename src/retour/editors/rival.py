@@ -239,7 +239,7 @@ class SharedAttention(AttentionControl):
 
     def _pairs(self, call: AttentionCall) -> tuple[list[int], list[int]]:
         """Rows that attend to R now, and R's rows of the same half."""
-        place = {(r.branch, r.image): i for i, r in enumerate(call.rows) if r.half == "cond"}
+        place = call.rows.conditional()
         now, found = fraction(self.path, call.t), []
         for index, row in enumerate(call.rows):
             partner = place.get(("source" if row.half == "cond" else NULL, row.image))
@@ -275,9 +275,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def aligned(x: Tensor, layout: Layout) -> Tensor:
     """Give the targets' rows of a stacked `x` the statistics of the source's."""
     source, targets = x[layout["source"]], layout.targets()
-    return torch.cat(
-        [adain(part, source) if name in targets else part for name, part in layout.split(x)]
-    )
+    return layout.replaced(x, {name: adain(x[layout[name]], source) for name in targets})
 
 
 def _keys(seed: int, size: Sequence[int]) -> Tensor:
