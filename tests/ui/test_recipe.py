@@ -58,6 +58,10 @@ CASES = {
         "model": "tiny-sd3", "editor": "lazydrag", "inverter": "uniinv", "target": "",
         "drags": ((10, 10, 30, 12), (30, 12, 30, 26)), "in_turn": True, "guidance": 1.0,
     },
+    "drag in turn with words": {
+        "model": "tiny-sd3", "editor": "lazydrag", "inverter": "uniinv",
+        "drags": ((10, 10, 30, 12), (30, 12, 30, 26)), "in_turn": True, "guidance": 1.0,
+    },
     "drag with words": {
         "model": "tiny-sd3", "editor": "lazydrag", "inverter": "uniinv",
         "drags": ((10, 10, 30, 12),), "guidance": 1.0, "mask": "in-mask.png",

@@ -94,7 +94,6 @@ class Made:
         after: the edited one, of the same size.
         png: `after` as a PNG file, its record inside.
         record: facts of the run.
-        unread: ends of prompts that the model does not read, for they are too long.
     """
 
     recipe: Recipe
@@ -102,7 +101,11 @@ class Made:
     after: Image.Image
     png: bytes
     record: dict[str, Any]
-    unread: tuple[str, ...] = ()
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Ends of prompts that the model does not read, for they are too long."""
+        return tuple((self.record["inversion"]["cut"] | self.record["cut"]).values())
 
 
 Tell = Callable[[Progress], None]
@@ -181,12 +184,12 @@ def make(
         else:
             result = _edited(recipe, model, picture, mask, spy)
     spy.token.check()
-    done = replace(recipe, source=result.inversion.prompts[0])
+    # The first round's prompt: later rounds begin with what the first ones were to show.
+    first = result.record.get("rounds", [result.record])[0]
+    done = replace(recipe, source=first["inversion"]["prompts"][0])
     before, _ = fit(picture, native=model.native, multiple=model.multiple)
     png = png_bytes(result.image, result.record)
-    prompts = dict.fromkeys(p for p in (done.source, done.target) if p)
-    cuts = tuple(cut for prompt in prompts if (cut := model.tokens(prompt).cut))
-    return Made(done, before, result.image, png, result.record, cuts)
+    return Made(done, before, result.image, png, result.record)
 
 
 def _edited(
