@@ -6,9 +6,9 @@ import torch
 import retour
 from problems import PATHS, ProblemModel, pictures
 from retour.core.registry import get
+from retour.core.rows import rms
 from retour.editors.flowopt import FlowOptEditor
 from retour.errors import RetourError
-from retour.inverters._flowopt import rms
 
 MODEL = ProblemModel(pictures(8), PATHS["flow"], "velocity", default_steps=10, default_guidance=2.0)
 

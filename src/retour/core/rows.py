@@ -18,3 +18,8 @@ def copies(x: Tensor, count: int) -> Tensor:
 def mean_square(x: Tensor) -> Tensor:
     """Mean square of each row, (R,)."""
     return x.square().flatten(1).mean(1)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of each row, (R,)."""
+    return mean_square(x).sqrt()

@@ -74,6 +74,7 @@ from ..core.guidance import CFG, Guidance
 from ..core.model import Condition
 from ..core.path import Prediction
 from ..core.registry import Paper, register
+from ..core.rows import rms
 from ..core.state import Inversion, State
 from ..errors import check_range
 from ._inject import pushed
@@ -129,7 +130,7 @@ class Proximal:
         flat = size.flatten(1)
         if self.prox == "published":
             flat = torch.cat([flat, torch.zeros_like(flat)], 1)
-        limit = ROUNDING * prediction.flatten(1).square().mean(1).sqrt()
+        limit = ROUNDING * rms(prediction)
         if self.quantile > 0:
             limit = torch.maximum(limit, flat.quantile(self.quantile, 1))
         return limit[:, None, None, None]

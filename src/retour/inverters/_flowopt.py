@@ -33,7 +33,7 @@ from ..core.loop import Observer, walk
 from ..core.model import Ledger, Model
 from ..core.progress import bar
 from ..core.registry import get
-from ..core.rows import along
+from ..core.rows import along, rms
 from ..core.state import State
 from ..errors import check_range
 
@@ -150,11 +150,6 @@ class Sampler:
             between=(0, self.depth),
             observers=observers,
         ).x
-
-
-def rms(x: Tensor) -> Tensor:
-    """Root mean square of each row, (R,)."""
-    return x.flatten(1).square().mean(1).sqrt()
 
 
 def normality(z: Tensor) -> dict[str, list[float]]:

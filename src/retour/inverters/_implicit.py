@@ -26,7 +26,7 @@ from ..core.branches import Layout
 from ..core.control import Control
 from ..core.grid import Step
 from ..core.path import Path
-from ..core.rows import along, mean_square
+from ..core.rows import along, rms
 from ..core.solver import Denoise, Plain, Solver
 from ..core.state import Inversion, State
 from ..errors import check_finite, check_range
@@ -97,7 +97,7 @@ class Search(Plain):
 
 def spread(equation: Equation, gap: Tensor, images: object) -> Tensor:
     """Root mean square gap of each row."""
-    return mean_square(gap).sqrt()
+    return rms(gap)
 
 
 def descend(equation: Equation, y: Tensor, options: SearchOptions) -> tuple[Tensor, Tensor]:

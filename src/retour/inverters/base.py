@@ -56,6 +56,10 @@ class Job:
         branch = Branch("source", self.condition.told(told), self.negative.told(told), scale)
         return Denoiser(self.model, [branch], guidance=self.rule, ledger=self.ledger)
 
+    def scale(self, given: float | None) -> float:
+        """Guidance scale of the way up; None takes that of the way back."""
+        return self.guidance if given is None else given
+
     def climb(
         self, solver: Solver, grid: Grid, scale: float, *, told: float | None = None
     ) -> dict[str, Tensor]:

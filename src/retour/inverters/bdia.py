@@ -102,14 +102,14 @@ class BDIAInversion:
         Raises:
             RetourError: a single step, whose way back would be the pair itself, whatever is asked.
         """
-        scale = self.options.inversion_guidance
+        scale = job.scale(self.options.inversion_guidance)
         grid = job.grid.truncate(self.options.strength)
         if grid.steps < 2:
             raise RetourError(
                 f"bdia needs at least 2 steps, strength {self.options.strength:g} of "
                 f"{job.grid.steps} leaves {grid.steps}: take more steps or a larger strength"
             )
-        states = job.climb(self.solver(grid.steps), grid, job.guidance if scale is None else scale)
+        states = job.climb(self.solver(grid.steps), grid, scale)
         self._warn_of_growth(job, states["x"], grid.times[-1])
         return job.pack("bdia", self.options, grid, {"x": states["x"]})
 

@@ -48,7 +48,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.path import Path, Prediction, levels
+from ..core.path import Path, Prediction, levels, predict
 from ..core.registry import Paper, register
 from ..core.state import Inversion
 from ..errors import check_range
@@ -142,4 +142,4 @@ class Nudge:
             tiny = torch.finfo(size.dtype).tiny
             slope = away / size.clamp_min(tiny) if self.norm == "l2" else 2 * away
         eps = prediction.eps - self.length * slope
-        return Prediction((y - sigma * eps) / alpha, eps)
+        return predict("eps", eps, y, alpha, sigma)

@@ -72,9 +72,8 @@ class EDICTInversion:
 
     def invert(self, job: Job) -> Inversion:
         """Walk the pair up."""
-        scale = self.options.inversion_guidance
         grid = job.grid.truncate(self.options.strength)
-        states = job.climb(self.solver(), grid, job.guidance if scale is None else scale)
+        states = job.climb(self.solver(), grid, job.scale(self.options.inversion_guidance))
         return job.pack("edict", self.options, grid, states)
 
     def replay(self, inversion: Inversion) -> Replay:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..core.grid import Grid, Step
 from ..core.registry import get, register
-from ..core.rows import mean_square
+from ..core.rows import rms
 from ..core.solver import Solver
 from ..core.state import Inversion, State
 from ..errors import RetourError
@@ -119,4 +119,4 @@ class FireFlowInversion(SolverInverter):
 def _estimate(before: State, after: State, h: float) -> float:
     """Largest error estimate of the images."""
     change = after.memory["velocity"] - before.memory["velocity"]
-    return abs(h) * float(mean_square(change).sqrt().max())
+    return abs(h) * float(rms(change).max())

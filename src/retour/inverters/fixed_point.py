@@ -75,8 +75,7 @@ class FixedPointInversion:
 
     def invert(self, job: Job) -> Inversion:
         """Walk up."""
-        scale = self.options.inversion_guidance
-        scale = job.guidance if scale is None else scale
+        scale = job.scale(self.options.inversion_guidance)
         return climb(job, "fixed-point", self.options, self.solver(), scale, "residual")
 
     def replay(self, inversion: Inversion) -> Replay:

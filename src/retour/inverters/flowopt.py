@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 
 from ..core.branches import Branch
 from ..core.registry import Paper, get, register
+from ..core.rows import rms
 from ..core.state import Inversion, State, stack
-from ._flowopt import Sampler, SearchOptions, normality, rms, search
+from ._flowopt import Sampler, SearchOptions, normality, search
 from .base import ClimbOptions, Job, Replay
 from .uniinv import UniInvStep
 

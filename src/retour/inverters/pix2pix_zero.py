@@ -43,7 +43,7 @@ from torch import Tensor
 from ..core.branches import Denoiser, Layout, Wrapped
 from ..core.control import Control
 from ..core.grid import Grid, Step
-from ..core.path import Path, Prediction, levels
+from ..core.path import Path, Prediction, levels, predict
 from ..core.registry import Paper, get, register
 from ..core.solver import Solver
 from ..core.state import Inversion
@@ -145,7 +145,7 @@ class _Regular(Control):
             if float(alpha) == 0:
                 return prediction  # pure noise: x says all about it
             eps = regularised(prediction.eps, self.generator, self.options)
-            return Prediction((x - sigma * eps) / alpha, eps)
+            return predict("eps", eps, x, alpha, sigma)
 
         return rule
 

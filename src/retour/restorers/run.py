@@ -22,8 +22,9 @@ from ..core.loop import Observer, walk
 from ..core.model import Ledger, Model
 from ..core.path import levels
 from ..core.registry import get
+from ..core.rows import rms
 from ..core.solver import Solver
-from ..errors import RetourError, check_finite, check_range
+from ..errors import RetourError, check_finite, check_range, check_seed
 from ..io import Placement, canvas_size, read_image, to_image, to_tensor
 from ..pictures import Pictures
 from ..privacy.classifiers import ClassifierLike, load_classifier
@@ -119,7 +120,7 @@ def restore(
         negative=model.embed([negative] * len(prompts), size=size),
         grid=model.grid(steps, size=size),
         guidance=float(guidance),
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(check_seed("seed", seed)),
     )
     latents = restorer.restore(job)
     check_finite(latents, "the restored latents", "use a smaller kappa or guidance, or more steps")
@@ -127,7 +128,7 @@ def restore(
         pixels = model.decode(latents).to(observed)
     if project:
         pixels = pixels + operator.pinv(observed - operator.forward(pixels), PINV_CUTOFF)
-    misfit = (operator.forward(pixels) - observed).flatten(1).square().mean(1).sqrt()
+    misfit = rms(operator.forward(pixels) - observed)
     asked = {
         "restorer": method,
         "restorer_options": vars(restorer.options),
@@ -194,7 +195,7 @@ def steer(
     scale = _scale(model, guidance, prompts)
     condition, plain = (model.embed(p, size=size) for p in (prompts, [negative] * len(prompts)))
     shape = model.latent_shape(*size)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
     noise = torch.randn(len(prompts), *shape, generator=generator, dtype=torch.float64)
     noise = noise.to(model.device)
     grid = model.grid(model.default_steps if steps is None else steps, size=size)
