@@ -19,15 +19,7 @@ from retour.core.registry import get
 from retour.core.state import State
 from retour.editors import _oir_search as choice
 from retour.editors._oir_candidates import join, refill, refill_table
-from retour.editors._oir_clip import MaskedCLIP, embedded
-from retour.editors._oir_masks import pixel_mask, resized
-from retour.editors._oir_pairs import (
-    Pair,
-    all_replaced,
-    changed_phrases,
-    content,
-    read_pairs,
-)
+from retour.editors._oir_masks import resized
 from retour.editors._oir_way import Way
 from retour.editors.oir import edit_objects
 from retour.evaluate.suite import Suite
@@ -203,37 +195,6 @@ def test_levels_are_where_the_data_comes_back_worse_from_deeper():
 # --- The choice -----------------------------------------------------------------------------------
 
 
-def scores(fit, kept):
-    return {d + 1: pair for d, pair in enumerate(zip(fit, kept, strict=True))}
-
-
-FIT, KEPT = [0.1, 0.2, 0.6, 0.7, 0.72], [0.0, -0.1, -0.2, -0.6, -1.0]
-
-
-def test_the_best_sum_wins_whatever_the_scales():
-    assert choice.best(scores(FIT, KEPT)) == 3
-    for shift, scale in [(5.0, 1.0), (0.0, 100.0), (-3.0, 0.01)]:
-        moved = [shift + scale * v for v in FIT]
-        assert choice.best(scores(moved, KEPT)) == 3
-        assert choice.best(scores(FIT, [shift + scale * v for v in KEPT])) == 3
-
-
-def test_ties_are_no_numbers_to_divide_by():
-    assert choice.best(scores([0.5] * 5, KEPT)) == 1
-    assert choice.best(scores(FIT, [0.0] * 5)) == 5
-    assert choice.best(scores([0.5] * 5, [0.0] * 5)) == 1
-    assert choice.best({4: (0.0, 0.0)}) == 4
-
-
-def test_coarse_then_fine():
-    assert choice.coarse_depths(50, 5) == [1, *range(5, 51, 5)]
-    assert choice.coarse_depths(7, 1) == list(range(1, 8))
-    assert choice.coarse_depths(3, 9) == [1, 3]
-    assert choice.near_depths(10, 50, 5) == list(range(6, 15))
-    assert choice.near_depths(50, 50, 5) == list(range(46, 51))
-    assert choice.near_depths(3, 50, 1) == [3]
-
-
 def test_a_coarse_search_tries_fewer_depths_and_refines():
     whole, quick = edit(), edit(every=3)
     tried = [set(r.record["objects"][0]["objects"][0]["scores"]) for r in (whole, quick)]
@@ -251,111 +212,6 @@ def test_the_first_candidate_is_the_source_itself():
     assert first["1"][1] == 0 and all(pair[1] < 0 for d, pair in first.items() if d != "1")
     edited = edit(unedited_first=False).record["objects"][0]["objects"][0]["scores"]
     assert edited["1"][1] < 0
-
-
-# --- CLIP inside a mask ---------------------------------------------------------------------------
-
-
-def test_the_outside_of_the_mask_is_not_seen():
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
-    mask = torch.zeros(64, 64)
-    mask[16:48, 16:48] = 1
-    changed = torch.where(mask.bool(), pictures, -pictures)
-    for mode, leaks in [("exclude", False), ("additive01", True)]:
-        clip = embedded(mode)
-        found, other = (clip(p, "a red apple", mask) for p in (pictures, changed))
-        assert bool((found - other).abs().max() > 1e-4) is leaks
-        assert found.shape == (2,) and bool((found.abs() <= 1).all())
-    inside = torch.where(mask.bool(), -pictures, pictures)
-    assert (embedded()(inside, "a red apple", mask) - found).abs().max() > 1e-4
-
-
-def test_a_mask_of_everything_is_plain_clip():
-    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    clip = embedded()
-    plain = clip.model.get_image_features(pixel_values=pictures)
-    plain = getattr(plain, "pooler_output", plain)
-    wanted = torch.nn.functional.normalize(plain, dim=-1) @ clip.embed_text("a cat")
-    close(clip(pictures, "a cat", torch.ones(64, 64)), wanted, 1e-5)
-
-
-def test_the_added_matrix_is_the_published_one():
-    mask = torch.zeros(64, 64)
-    mask[:8, :16] = 1
-    seen = torch.zeros(65)
-    seen[:3] = 1
-    assert torch.equal(embedded("additive01").bias(mask)[0, 0], seen[:, None] * seen)
-    hidden = embedded().bias(mask)[0, 0]
-    assert torch.equal(hidden == 0, (seen > 0).expand(65, 65)) and hidden[0, -1] == -torch.inf
-
-
-def test_a_mask_smaller_than_a_patch_keeps_its_patch():
-    mask = torch.zeros(64, 64)
-    mask[17, 33] = 1
-    assert embedded().seen(mask).nonzero().tolist() == [[2, 4]]
-    assert torch.isfinite(embedded()(torch.zeros(1, 3, 64, 64), "a cat", mask)).all()
-
-
-def test_any_clip_can_be_given(tmp_path):
-    folder = retour.models.load.WEIGHTS / "clip"
-    own = MaskedCLIP.from_folder(folder)
-    pictures, mask = torch.rand(2, 3, 64, 64) * 2 - 1, torch.ones(64, 64)
-    close(own(pictures, "a cat", mask), embedded()(pictures, "a cat", mask), 1e-6)
-    with pytest.raises(retour.RetourError, match="there is no CLIP at"):
-        MaskedCLIP.from_folder(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(retour.RetourError, match="cannot read a CLIP"):
-        MaskedCLIP.from_folder(tmp_path)
-
-
-# --- Phrases and masks ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "old", "new"),
-    [
-        ("a red apple on grass", "a green apple on grass", "a red apple", "a green apple"),
-        ("a photo of a cat on a mat", "a photo of a big dog on a mat", "a cat", "a big dog"),
-        ("a cat on a red mat", "a cat on a blue mat", "a red mat", "a blue mat"),
-        ("a cat", "a cat", "a cat", "a cat"),
-        ("a cat on a mat", "a dog on a rug", "a cat on a mat", "a dog on a rug"),
-    ],
-)
-def test_changed_phrases(source, target, old, new):
-    assert changed_phrases(source, target) == (old, new)
-    assert content("a red apple on the grass") == "red apple grass"
-
-
-def test_pairs_are_read_from_anything(tmp_path):
-    Image.new("L", (16, 16), "white").save(tmp_path / "cat.png")
-    text = read_pairs(f"a cat -> a dog @ {tmp_path}/cat.png; ball -> cube")
-    plain = read_pairs([("a cat", "a dog", np.ones((16, 16))), Pair("ball", "cube")])
-    for found in (text, plain):
-        assert [str(pair) for pair in found] == ["a cat -> a dog", "ball -> cube"]
-        assert found[0].mask.size == (16, 16) and found[1].mask is None
-        assert read_pairs(found) == found
-    assert read_pairs({"ball": "cube"}) == (Pair("ball", "cube"),)
-    assert read_pairs([]) == ()
-
-
-def test_only_its_own_phrase_is_replaced():
-    assert Pair("cat", "dog").guided("a caterpillar, a Cat and a cat") == (
-        "a caterpillar, a dog and a cat"
-    )
-    assert all_replaced("a cat and a ball", read_pairs("cat -> dog; ball -> cube")) == (
-        "a dog and a cube"
-    )
-
-
-def test_masks_meet_at_any_size():
-    mask = torch.zeros(16, 16, dtype=torch.bool)
-    mask[4:12, 4:12] = True
-    assert resized(mask, (8, 8)).sum() == 16
-    tiny_spot = torch.zeros(16, 16, dtype=torch.bool)
-    tiny_spot[0, 0] = True
-    assert resized(tiny_spot, (4, 4)).nonzero().tolist() == [[0, 0]]
-    assert torch.equal(pixel_mask(square(), (16, 16)), mask)
 
 
 # --- One object -----------------------------------------------------------------------------------
