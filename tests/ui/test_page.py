@@ -203,6 +203,7 @@ def test_a_drawing_belongs_to_its_picture(visit):
     page.set_input_files("#r-file", {"name": "x.png", "mimeType": "image/png", "buffer": b"no"})
     page.wait_for_selector("#u-note .r-notice")
     assert asked(page)["mask"]  # A file that cannot be read changes nothing.
+    assert page.locator("[data-sample][aria-current=true]").get_attribute("data-sample") == "apple"
     draw(page, "drag", (0.5, 0.5))
     assert page.inner_text("#u-source .r-told") == "Now click where it should go."
     draw(page, "drag", (0.6, 0.5))

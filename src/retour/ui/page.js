@@ -6,6 +6,7 @@
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   let drawn = null; // What was drawn on the picture that is there.
   let pending = "";
+  let picked = null; // The example's button, until its picture comes.
   let stroke = null;
 
   function send(button, text) {
@@ -23,7 +24,7 @@
       send("u-refuse", said);
       return;
     }
-    mark(null);
+    picked = null;
     const reader = new FileReader();
     reader.onload = () => {
       // A file without bytes gives "data:" alone.
@@ -69,6 +70,8 @@
   // Another picture, which may come with what was drawn on it before.
   function redraw(canvas) {
     drawn = null;
+    all("[data-sample]").forEach((b) => b.setAttribute("aria-current", String(b === picked)));
+    picked = null;
     const kept = sheet(canvas);
     kept.points = JSON.parse(canvas.dataset.points ?? "[]");
     refresh();
@@ -224,10 +227,6 @@
   }
 
   // --- Clicks ---
-  function mark(sample) {
-    all("[data-sample]").forEach((b) => b.setAttribute("aria-current", String(b === sample)));
-  }
-
   // Where the focus goes on when the server replaces the button that had it.
   let next = "";
   function follow(hit) {
@@ -245,13 +244,11 @@
     const data = hit.dataset;
     if (data.choose) find("#r-file").click();
     else if (data.sample) {
-      mark(hit);
+      picked = hit;
       send("u-pick", data.sample);
     } else if (data.result) send("u-show", data.result);
-    else if (data.restore) {
-      mark(null);
-      send("u-restore", data.restore);
-    } else if (data.tool) choose(data.tool);
+    else if (data.restore) send("u-restore", data.restore);
+    else if (data.tool) choose(data.tool);
     else if (data.clear) {
       drawn = null;
       refresh();
