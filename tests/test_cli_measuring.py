@@ -70,7 +70,7 @@ def test_options_reach_their_methods(folder, tmp_path, capsys):
         (("--convention", "mine"), "mine"),
         (("--backbone", "ear=x"), "unknown option of '--backbone' 'ear'"),
         (("--suite", "nowhere"), "no mapping_file.json"),
-        (("--editors", "p2q"), "unknown edit method 'p2q'"),
+        (("--editors", "p2q"), "unknown editor 'p2q'"),
         (("--pairs", "ddim+infedit"), "the pair 'ddim+infedit' cannot run"),
         (("-I", "fast"), "written KEY=VALUE"),
         (("--model", "no-such"), "unknown model"),

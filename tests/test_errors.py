@@ -2,7 +2,7 @@ import numpy
 import pytest
 import torch
 
-from retour.errors import RetourError, check_finite, check_range, unknown
+from retour.errors import RetourError, check_finite, check_range, check_seed, quote, unknown
 
 
 def test_unknown_names_the_nearest_choice():
@@ -16,6 +16,27 @@ def test_unknown_names_the_nearest_choice():
 def test_unknown_without_a_near_choice_lists_them_all():
     assert str(unknown("editor", "zzz", ["p2p"])) == "unknown editor 'zzz': Choices: p2p."
     assert "there are none" in str(unknown("editor", "zzz", []))
+
+
+def test_what_has_the_name_elsewhere_is_said():
+    error = unknown("editor", "direct", ["p2p"], "an inverter")
+    assert str(error) == "unknown editor 'direct': it is an inverter. Choices: p2p."
+
+
+def test_quotes_are_short():
+    assert quote("a cat") == "'a cat'"
+    assert quote("one " + "word " * 100 + "end", 25) == "'one word w ... d word end'"
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, numpy.int64(7)])
+def test_seeds_pass_as_whole_numbers(seed):
+    torch.Generator().manual_seed(check_seed("seed", seed))
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30, 2.0, "7", None, True])
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(RetourError, match="seed is .*: choose a whole number"):
+        check_seed("seed", seed)
 
 
 @pytest.mark.parametrize("make", [numpy.asarray, torch.tensor])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .core.model import Model
-from .core.registry import Entry, entries, get
+from .core.registry import DOERS, Entry, entries, get
 from .errors import RetourError
 
 
@@ -20,7 +20,7 @@ def refuse_impossible(model: Model, *chosen: Entry) -> None:
         if missing:
             others = [e.name for e in entries(entry.task) if e.needs <= model.capabilities]
             raise RetourError(
-                f"{entry.task} method {entry.name!r} needs {', '.join(sorted(missing))}, which "
+                f"{DOERS[entry.task]} {entry.name!r} needs {', '.join(sorted(missing))}, which "
                 f"model {model.name!r} does not offer: use {', '.join(others)}"
             )
     provided = frozenset().union(*(e.provides for e in chosen))

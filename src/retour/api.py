@@ -33,7 +33,7 @@ from .core.registry import Entry, build_options, entries, get
 from .core.state import Inversion
 from .editors.base import EditJob, Editor, Start
 from .editors.blend import MaskBlend
-from .errors import check_finite
+from .errors import check_finite, check_seed, unknown
 from .inverters.base import Job, Replay
 from .io import Clip, Placement, to_clip, to_image, to_tensor
 from .pictures import Pictures, placements_in
@@ -93,7 +93,9 @@ def cite(what: Pictures | Inversion | Entry | str) -> str:
 def _methods_of(what: Pictures | Inversion | str) -> list[Entry]:
     if isinstance(what, str):
         named = [e for e in entries() if e.name == what]
-        return named or [get("invert", what)]
+        if not named:
+            raise unknown("method", what, {e.name for e in entries()})
+        return named
     if isinstance(what, Inversion):
         return [get("invert", what.method)]
     kinds = {"invert": "inverter", "edit": "editor", "attack": "attack", "restore": "restorer"}
@@ -159,7 +161,7 @@ def invert(
         negative=model.embed([negative] * len(prompts), size=(height, width)),
         grid=model.grid(steps, size=(height, width)),
         guidance=scale,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(check_seed("seed", seed)),
         rule=rule,
         ledger=ledger,
         controls=controls,

@@ -17,16 +17,41 @@ class RetourError(ValueError):
     exit_code = 2
 
 
-def unknown(kind: str, name: object, choices: Iterable[str]) -> RetourError:
+def unknown(kind: str, name: object, choices: Iterable[str], known_as: str = "") -> RetourError:
     """Make the error for a name that is not among the choices, with the nearest ones first.
+
+    `known_as` says what else has that name, such as "an inverter".
 
     Returns the error, so that the caller's `raise` shows where the flow ends.
     """
     known = sorted(choices)
     near = difflib.get_close_matches(str(name), known, n=3)
     guess = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    if known_as:
+        guess = f"it is {known_as}. "
     listed = ", ".join(known) if known else "there are none"
     return RetourError(f"unknown {kind} {str(name)!r}: {guess}Choices: {listed}.")
+
+
+def quote(text: str, most: int = 80) -> str:
+    """A text in quotation marks, its middle left out where it is long."""
+    if len(text) <= most:
+        return repr(text)
+    half = (most - 5) // 2
+    return repr(f"{text[:half].rstrip()} ... {text[-half:].lstrip()}")
+
+
+def check_seed(name: str, seed: Any) -> int:
+    """Refuse what is no seed of a random generator; return it.
+
+    Raises:
+        RetourError: with the value and the limits.
+    """
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise RetourError(f"{name} is {seed!r}: choose a whole number.")
+    if not -(2**63) <= seed < 2**63:
+        raise RetourError(f"{name} is {seed}: choose a whole number below 2^63.")
+    return int(seed)
 
 
 def check_finite(values: Any, what: str, hint: str = "") -> None:

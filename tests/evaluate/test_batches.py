@@ -130,7 +130,7 @@ def test_without_a_source_the_caption_is_proposed(folder, tmp_path, model):
         (",,a cat", "has no image"),
         ("red.png,,", "has no target"),
         ("red.png,,a cat,dimm", "did you mean 'ddim'"),
-        ("red.png,,a cat,,p2q", "unknown edit method 'p2q'"),
+        ("red.png,,a cat,,p2q", "unknown editor 'p2q'"),
         ("red.png,,a cat,ddim,infedit", "does not go with inverter 'ddim'"),
         ("red.png,,a cat,,,0", "steps is 0"),
         ("red.png,,a cat,,,2.5", "steps is '2.5'"),

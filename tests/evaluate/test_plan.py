@@ -62,9 +62,9 @@ def test_options_go_to_all_or_to_the_one_they_name(model):
         (("ddim", None, None), "without an editor"),
         ((None, None, None), "nothing to run"),
         (("dimm", "p2p", None), "did you mean 'ddim'"),
-        (("ddim", "p2q", None), "unknown edit method 'p2q'"),
-        ((None, None, "ddim+"), "unknown edit method ''"),
-        ((None, None, "ddim+p2p+x"), "unknown edit method"),
+        (("ddim", "p2q", None), "unknown editor 'p2q'"),
+        ((None, None, "ddim+"), "unknown editor ''"),
+        ((None, None, "ddim+p2p+x"), "unknown editor"),
     ],
 )
 def test_what_names_nothing_is_refused(asked, message):

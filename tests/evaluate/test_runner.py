@@ -293,7 +293,7 @@ def test_another_plan_is_refused(whole, model, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"editors": "p2q"}, "unknown edit method 'p2q'"),
+        ({"editors": "p2q"}, "unknown editor 'p2q'"),
         ({"inverters": "dimm"}, "did you mean 'ddim'"),
         ({"metrics": "beauty"}, "unknown metric 'beauty'"),
         ({"convention": "mine"}, "mine"),

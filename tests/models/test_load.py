@@ -55,6 +55,11 @@ def test_a_folder(folder):
     assert torch.equal(model.network(x, t, condition), twin.network(x, t, condition))
 
 
+def test_half_precision_on_a_cpu_says_nothing(folder, capfd):
+    load(folder, dtype="float16", device="cpu")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_other_families_from_a_folder(family, tmp_path):
     pipe = tiny.PIPELINES[family]()

@@ -7,6 +7,7 @@ import torch
 
 import tiny
 from retour.core.model import Word
+from retour.errors import RetourError
 from retour.models.load import load
 from retour.models.text import TextTower, token_spans
 
@@ -130,6 +131,25 @@ def test_cut_prompts_are_reported_and_match_the_pipeline(family, caplog):
         caplog.clear()
         model.embed(["a red apple"])
     assert not caplog.records
+
+
+def test_a_long_prompt_is_no_matter_of_the_tokenizer(capfd):
+    model = load(tiny.sd1())
+    model.embed([" ".join(["a red apple"] * 600)])
+    assert "Token indices" not in capfd.readouterr().err
+
+
+def test_a_word_of_several_vectors_has_them_all():
+    pipe = tiny.sd1()
+    model = load(pipe)
+    assert len(model.tokens("a <cat>").words) == 2
+    pipe.tokenizer.add_tokens(["<cat>", "<cat>_1"])
+    assert [word.text for word in model.tokens("a <cat>").words] == ["a", "<cat>", "<cat>_1"]
+
+
+def test_what_is_no_text_is_refused():
+    with pytest.raises(RetourError, match=r"'caf.udce9' has a character that is none \(number 4"):
+        load(tiny.sd1()).embed(["caf\udce9"])
 
 
 def test_prompts_are_encoded_once_and_the_store_is_bounded():

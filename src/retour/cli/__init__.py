@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ..errors import RetourError
 from . import editing, measuring, page, purposes, showing  # noqa: F401
 from .application import app
+from .remarks import remarks
 from .support import say
 
 
@@ -24,7 +25,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command; return 0, 2 for bad input (said in one sentence), or 130 for Ctrl-C."""
     before = signal.signal(signal.SIGINT, _stop)
     try:
-        app(list(arguments), prog_name="retour", obj=tuple(arguments))
+        with remarks():
+            app(list(arguments), prog_name="retour", obj=tuple(arguments))
     except RetourError as error:
         say(f"retour: {error}")
         return error.exit_code

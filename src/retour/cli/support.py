@@ -13,7 +13,6 @@ from ..errors import RetourError
 from ..io import (
     ANIMATED,
     WRITABLE,
-    Clip,
     check_writable,
     is_clip,
     plain,
@@ -96,12 +95,15 @@ def inversion_of(
     check_source(source)
     if method is not None:
         check_method("invert", method, options)
-    shown = read_clip(image) if is_clip(image) else read_picture(image).image
+    clip = is_clip(image)
+    shown: Any = None if clip else read_picture(image).image
     loaded = load_model(DEFAULT_MODEL if model is None else model, device, dtype)
     if "video" in loaded.capabilities:
         for path in outs:
             check_writable(path, ANIMATED)
-    elif isinstance(shown, Clip):
+    if clip and "video" in loaded.capabilities:
+        shown = read_clip(image)
+    elif clip:
         shown = read_picture(image).image  # its first frame, with a warning; a folder is refused
     if method is None:
         method = api.usual_inverter(editor, loaded)
@@ -116,8 +118,6 @@ def inversion_of(
 
 def print_record(record: dict[str, Any], outs: Sequence[Path], as_json: bool) -> None:
     """Say what was written and what it cost, or print the whole record."""
-    for prompt, cut in record.get("cut", {}).items():
-        say(f"the text encoder's limit cut {cut!r} off {prompt!r}")
     if as_json:
         print_json(plain({**record, "outputs": [str(path) for path in outs]}))
         return

@@ -21,6 +21,14 @@ C = TypeVar("C", bound=type)
 
 PACKAGES = ("solvers", "inverters", "editors", "privacy", "restorers")
 TASKS = ("solver", "invert", "edit", "attack", "restore")
+# What does a task, as it is called in options, records and messages.
+DOERS = {
+    "solver": "solver",
+    "invert": "inverter",
+    "edit": "editor",
+    "attack": "attack",
+    "restore": "restorer",
+}
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,9 @@ def get(task: str, name: str) -> Entry:
     for entry in entries(task):
         if entry.name == name:
             return entry
-    raise unknown(f"{task} method", name, [e.name for e in entries(task)])
+    others = [DOERS[e.task] for e in entries() if e.name == name]
+    known_as = " and ".join(f"a{'n' if word[0] in 'aei' else ''} {word}" for word in others)
+    raise unknown(DOERS[task], name, [e.name for e in entries(task)], known_as)
 
 
 def build_options(entry: Entry, given: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core.grid import Grid
 from ..core.model import AttentionSite, Condition, FeatureSite, Tokens
 from ..core.path import Path
-from ..errors import RetourError
+from ..errors import RetourError, quote
 from .codec import Codec
 from .fingerprint import fingerprint, weight_version
 from .modules import execution_device
@@ -168,6 +168,8 @@ class DiffusersModel(ABC):
         prompts = tuple(prompts)
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise RetourError(f"prompts must be a list of at least one text, got {prompts!r}")
+        for prompt in prompts:
+            _check_text(prompt)
         rows = self._encoded(prompts)
         tensors = {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
         height, width = (self.native, self.native) if size is None else size
@@ -231,7 +233,10 @@ class DiffusersModel(ABC):
             cut = self.tokens(prompt).cut
             if cut:
                 logger.warning(
-                    "prompt %r is too long for %s: %r is not read", prompt, self.name, cut
+                    "the prompt %s is too long for %s: %s is not read",
+                    quote(prompt),
+                    self.name,
+                    quote(cut),
                 )
 
 
@@ -253,9 +258,25 @@ def _tower(pipe: Any, tokenizer: Any, encoder: nn.Module) -> TextTower:
     limit = text_limit(tokenizer, encoder)
     if not hasattr(pipe, "maybe_convert_prompt"):
         return TextTower(tokenizer, encoder, limit)
-    return TextTower(
-        tokenizer, encoder, limit, lambda prompt: pipe.maybe_convert_prompt(prompt, tokenizer)
-    )
+
+    def convert(prompt: str) -> str:
+        # Only words of several vectors are rewritten; the tokenizer remarks on any long prompt.
+        if not any(name.endswith("_1") for name in tokenizer.added_tokens_encoder):
+            return prompt
+        converted: str = pipe.maybe_convert_prompt(prompt, tokenizer)
+        return converted
+
+    return TextTower(tokenizer, encoder, limit, convert)
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RetourError(
+            f"the prompt {quote(prompt)} has a character that is none (number {error.start + 1}): "
+            "write it in UTF-8"
+        ) from None
 
 
 def default_of(

@@ -50,8 +50,7 @@ def load(
 
     Args:
         model: name of an embedded model, folder of a diffusers pipeline, hub id ("owner/name"), or
-            a
-            diffusers pipeline object, which is left exactly as it is.
+            a diffusers pipeline object, which is left exactly as it is.
         device: where to run; by default the GPU if there is one.
         dtype: type of the weights; by default float32 on a CPU, the family's half precision
             elsewhere.
@@ -60,8 +59,7 @@ def load(
 
     Raises:
         RetourError: there is no such model, its weights are pickles, no adapter reads it, or the
-            options
-            ask to change a pipeline object.
+            options ask to change a pipeline object.
     """
     if not isinstance(model, (str, os.PathLike)):
         return _around(model, device=device, dtype=dtype, offload=offload, compile=compile)
@@ -209,15 +207,18 @@ def _variant(folder: Path) -> str | None:
 def _settle(pipe: Any, place: torch.device, offload: bool) -> None:
     import torch
 
+    from .quiet import quietly
+
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     if pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
         pipe.vae.to(torch.float32)
-    if offload:
-        pipe.enable_model_cpu_offload(device=place)
-    else:
-        pipe.to(place)
+    with quietly():
+        if offload:
+            pipe.enable_model_cpu_offload(device=place)
+        else:
+            pipe.to(place)
 
 
 def _device(device: str | torch.device | None, offload: bool) -> torch.device:
@@ -228,8 +229,12 @@ def _device(device: str | torch.device | None, offload: bool) -> torch.device:
         place = torch.device(accelerator if device is None else device)
     except RuntimeError:
         raise RetourError(f"unknown device {device!r}: choose 'cpu', or 'cuda' for a GPU") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise RetourError(f"device {str(place)!r} is not available here: choose 'cpu'")
+    try:
+        # What is known by name need not be there: a GPU too few, another system, no memory at all.
+        torch.empty(1, device=place).fill_(1).item()
+    except (RuntimeError, AssertionError, ImportError):
+        found = "choose 'cpu'" + (" or 'cuda'" if accelerator == "cuda" else "")
+        raise RetourError(f"device {str(place)!r} is not available here: {found}") from None
     if offload and place.type == "cpu":
         raise RetourError(
             "offload moves networks to a GPU and back, but this runs on the CPU: leave it out"
