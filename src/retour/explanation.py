@@ -25,10 +25,10 @@ from PIL import Image
 
 from . import api
 from ._inputs import listed
-from .attention.control import AttentionCall, AttentionControl
+from .attention.control import AttentionCall
 from .attention.store import AttentionStore
 from .core.branches import Branch, Denoiser
-from .core.control import Control
+from .core.control import Attending
 from .core.loop import walk
 from .core.model import Ledger, Model, Tokens
 from .core.registry import get
@@ -226,17 +226,6 @@ class _SpanStore(AttentionStore):
         return low <= call.step.position < max(high, low + 1)
 
 
-class _Watch(Control):
-    """Hooks an attention control for a run."""
-
-    def __init__(self, watching: AttentionControl):
-        self.watching = watching
-
-    def attention(self) -> Sequence[AttentionControl]:
-        """What it was made with."""
-        return (self.watching,)
-
-
 def _return_to(
     model: Model, inversion: Inversion, targets: list[str], store: AttentionStore, ledger: Ledger
 ) -> list[Image.Image]:
@@ -254,7 +243,7 @@ def _return_to(
         replay.state.map(lambda v: v.to(model.device)).tile(len(branches)),
         inversion.grid,
         down=True,
-        controls=[replay.control, _Watch(store)],
+        controls=[replay.control, Attending(store)],
         label="return",
     )
     return _restored(inversion, api.decode(model, end.x[net.layout["target"]]))

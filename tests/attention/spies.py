@@ -1,7 +1,6 @@
 """Attention controls that watch, and one that disturbs."""
 
 from retour.attention.control import AttentionControl
-from retour.core.control import Control
 
 
 class Spy(AttentionControl):
@@ -36,11 +35,3 @@ class Blur(AttentionControl):
     def probs(self, call, probs):
         part = 0.5 if call.step is None else 0.1 * call.step.index
         return (1 - part) * probs + part / probs.shape[-1]
-
-
-class AsControl(Control):
-    def __init__(self, *controls):
-        self.controls = controls
-
-    def attention(self):
-        return self.controls

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import tiny
-from attention.spies import AsControl, Maps
+from attention.spies import Maps
 from editors.runs import SOLVER, denoiser, model, noise
 from retour.attention.features import FeatureControl, watched
 from retour.attention.hooks import hooked
-from retour.core.control import Chain, Control
+from retour.core.control import Attending, Chain, Control
 from retour.core.grid import Step
 from retour.core.loop import walk
 from retour.core.state import State
@@ -261,7 +261,7 @@ def run(controls, steps=3, family="sd1"):
 
 def test_a_run_hooks_them_and_tells_the_step():
     spy, maps = Spy("conv"), Maps(("self",))
-    run([Chain([Featured(spy), AsControl(maps)])])
+    run([Chain([Featured(spy), Attending(maps)])])
     assert [call.step.position for call, _ in spy.seen[:: len(spy.seen) // 3]] == [0, 1, 2]
     assert {call.step for call, _ in spy.seen} == {call.step for call, _ in maps.seen}
     assert not torch.allclose(run([Featured(Grown())]), run([]), atol=1e-3)

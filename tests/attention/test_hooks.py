@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from attention.spies import AsControl, Blur, Maps, Spy
+from attention.spies import Blur, Maps, Spy
 from editors.runs import SOLVER, denoiser, model, noise
 from retour.attention.control import AttentionControl
 from retour.attention.hooks import hooked
+from retour.core.control import Attending
 from retour.core.grid import Step
 from retour.core.loop import walk
 from retour.core.state import State
@@ -215,7 +216,7 @@ def test_gradients_flow_through_the_maps(family):
 def run(den, controls, steps=3):
     grid = den.model.grid(steps)
     start = State(noise(len(den.branches)))
-    return walk(SOLVER, den, start, grid, down=True, controls=[AsControl(*controls)]).x
+    return walk(SOLVER, den, start, grid, down=True, controls=[Attending(*controls)]).x
 
 
 @pytest.mark.slow

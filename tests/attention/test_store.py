@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from attention.spies import AsControl, Blur, Maps
+from attention.spies import Blur, Maps
 from editors.runs import SOLVER, denoiser, model, noise
 from retour.attention.store import AttentionStore
+from retour.core.control import Attending
 from retour.core.loop import walk
 from retour.core.state import State
 from retour.errors import RetourError
@@ -18,7 +19,7 @@ def run(family, controls, size=(8, 12)):
     den = denoiser(family, PROMPTS)
     grid = model(family).grid(STEPS)
     start = State(noise(4, size=size))
-    walk(SOLVER, den, start, grid, down=True, controls=[AsControl(*controls)])
+    walk(SOLVER, den, start, grid, down=True, controls=[Attending(*controls)])
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd3"])

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import retour
-from attention.spies import AsControl, Maps
+from attention.spies import Maps
 from editors.runs import SOLVER, denoiser, model, noise
 from retour.attention.hooks import hooked
 from retour.attention.uniform import UniformMaps
 from retour.core.branches import Branch, Denoiser
+from retour.core.control import Attending
 from retour.core.loop import walk
 from retour.core.state import State
 
@@ -116,7 +117,7 @@ def test_self_attention_is_untouched():
     for spy, controls in ((before, []), (after, [UniformMaps("source")])):
         walk(
             SOLVER, den, State(noise()), den.model.grid(1), down=True,
-            controls=[AsControl(*controls, spy)],
+            controls=[Attending(*controls, spy)],
         )  # fmt: skip
     assert torch.equal(before.seen[0][1], after.seen[0][1])  # the first layer, before any text
     wants = UniformMaps("source").wants

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import retour
-from attention.spies import AsControl, Maps
+from attention.spies import Maps
 from inverters.jobs import tiny_model, tiny_picture
 from retour.attention.control import AttentionControl
 from retour.core.branches import Branch, Denoiser
+from retour.core.control import Attending
 from retour.core.loop import walk
 from retour.core.model import Tokens, Word
 from retour.core.registry import get
@@ -38,7 +39,7 @@ def run(inv, target=TARGET, *, scale=5.0, extra=(), editor=None, **options):
     denoiser = Denoiser(net, editor.arrange(tuple(given)))
     job = EditJob(net, inv, denoiser.layout, {"target": (target,)}, inv.grid)
     replay = get("invert", inv.method).make(**inv.options).replay(inv)
-    controls = [replay.control, editor.control(job), AsControl(*extra)]
+    controls = [replay.control, editor.control(job), Attending(*extra)]
     state = replay.state.tile(len(denoiser.branches))
     end = walk(replay.solver, denoiser, state, inv.grid, down=True, controls=controls)
     return dict(denoiser.layout.split(end.x))

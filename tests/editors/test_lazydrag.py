@@ -6,12 +6,12 @@ import torch
 
 import retour
 import tiny
-from attention.spies import AsControl
 from editors import runs
 from editors.dragged import edit, invert, mask, model, picture
 from retour._inputs import masks_of
 from retour.attention.control import AttentionControl
 from retour.core.branches import Branch, Denoiser
+from retour.core.control import Attending
 from retour.core.loop import walk
 from retour.core.registry import get
 from retour.core.state import Inversion, State, stack
@@ -312,7 +312,7 @@ def test_attention_reads_the_object_at_its_new_place():
         spy = Reads()
         replay = get("invert", inv.method).make(**inv.options).replay(inv)
         start = editor.prepare(job, den, replay)
-        controls = [AsControl(spy), editor.control(job)]
+        controls = [Attending(spy), editor.control(job)]
         end = walk(replay.solver, den, start.state, inv.grid, down=True, controls=controls).x
         assert torch.equal(end[den.layout["source"]], inv.latents)
         seen[reading] = spy.calls

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention.spies import AsControl, Maps
+from attention.spies import Maps
 from editors.runs import SOLVER, denoiser, edit, inversion, model, noise
 from editors.shapes import layout
 from retour.attention.control import AttentionCall, AttentionControl
 from retour.core import registry
 from retour.core.branches import Row, Rows, Wrapped
-from retour.core.control import Chain, Control
+from retour.core.control import Attending, Chain, Control
 from retour.core.grid import Step, part_of
 from retour.core.loop import walk
 from retour.core.state import State
@@ -67,7 +67,7 @@ class First:
         self.editor, self.controls = editor, controls
 
     def control(self, job):
-        return Chain([AsControl(*self.controls), self.editor.control(job)])
+        return Chain([Attending(*self.controls), self.editor.control(job)])
 
 
 @pytest.mark.parametrize("options", [ALL, {}])
@@ -126,7 +126,7 @@ class Seen(AttentionControl):
 
 def test_each_half_takes_the_sources_of_its_own_half(family, inv):
     before, after = Seen(), Seen()
-    edit(family, First(masactrl(**ALL), before), inv, TARGET, extra=[AsControl(after)])
+    edit(family, First(masactrl(**ALL), before), inv, TARGET, extra=[Attending(after)])
     compared = 0
     for (call, q, k, v), (_, q2, k2, v2) in zip(before.calls, after.calls, strict=True):
         assert torch.equal(q, q2)
@@ -170,7 +170,7 @@ def test_the_empty_source_prompt_is_the_source_branchs_alone(family, inv, plain)
 
 def test_control_begins_at_its_step_and_acts_in_fine_layers(family, inv):
     spy = Seen()
-    edit(family, masactrl(start=0.5), inv, TARGET, extra=[AsControl(spy)])
+    edit(family, masactrl(start=0.5), inv, TARGET, extra=[Attending(spy)])
     acted = set()
     for call, _, k, _ in spy.calls:
         source, target = (call.rows.where(b, "cond")[0] for b in ("source", "target"))
@@ -278,7 +278,7 @@ def test_the_users_mask_parts_the_image(family, inv):
     mask[..., 4:] = 1
     spy = Maps(("self", "joint"))
     editor = masactrl(masks="given", **ALL)
-    out = edit(family, editor, inv, TARGET, mask=mask, extra=[AsControl(spy)])
+    out = edit(family, editor, inv, TARGET, mask=mask, extra=[Attending(spy)])
     assert torch.isfinite(out["target"]).all()
     for call, probs in spy.seen:
         inside = torch.zeros(call.grid, dtype=torch.bool)

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from attention.spies import AsControl, Maps
+from attention.spies import Maps
 from editors.runs import SOLVER, denoiser, edit, inversion, model, noise
 from retour.attention.store import AttentionStore
 from retour.core import registry
 from retour.core.branches import Wrapped
-from retour.core.control import Chain, Control
+from retour.core.control import Attending, Chain, Control
 from retour.core.loop import walk
 from retour.core.state import State
 from retour.editors.align import align
@@ -85,7 +85,7 @@ def words(family, prompt):
 def last_maps(family, inv, options, targets):
     """Text blocks of all coarse layers and steps after the control: (source, target, call)."""
     spy = Maps(("cross", "joint"))
-    edit(family, p2p(**options), inv, targets, extra=[AsControl(spy)])
+    edit(family, p2p(**options), inv, targets, extra=[Attending(spy)])
     for call, probs in spy.seen:
         source, target = (call.rows.where(b, "cond")[0] for b in ("source", "target"))
         maps = call.image_to_text(probs)
@@ -106,7 +106,7 @@ def test_aligned_tokens_carry_the_source_maps(family, inv):
 def test_stored_maps_of_aligned_tokens_are_equal(family, inv):
     store = AttentionStore()
     options = {**ALL_ON, "mode": "refine"}
-    edit(family, p2p(**options), inv, LONGER, extra=[AsControl(store)])
+    edit(family, p2p(**options), inv, LONGER, extra=[Attending(store)])
     found = align(words(family, SOURCE[0]), words(family, LONGER["target"][0]), "refine")
     kept = found.kept.bool().nonzero()[:, 0]
     source, target = store.maps("source", 0), store.maps("target", 0)
@@ -115,7 +115,7 @@ def test_stored_maps_of_aligned_tokens_are_equal(family, inv):
 
 def test_unaligned_tokens_carry_the_networks_own_maps(inv, family):
     before, after = Maps(("cross", "joint")), Maps(("cross", "joint"))
-    first = [AsControl(before)]
+    first = [Attending(before)]
     targets, editor = LONGER, p2p(mode="refine", cross_steps=1.0, self_steps=0)
     found = align(words(family, SOURCE[0]), words(family, LONGER["target"][0]), "refine")
     own = (found.kept == 0).nonzero()[:, 0]
@@ -126,7 +126,7 @@ def test_unaligned_tokens_carry_the_networks_own_maps(inv, family):
         def control(self, job):
             return Chain([*first, editor.control(job)])
 
-    edit(family, Both(), inv, targets, extra=[AsControl(after)])
+    edit(family, Both(), inv, targets, extra=[Attending(after)])
     for (call, old), (_, new) in zip(before.seen, after.seen, strict=True):
         row = call.rows.where("target", "cond")
         old, new = call.image_to_text(old[row]), call.image_to_text(new[row])
@@ -151,7 +151,7 @@ def test_reweighting_scales_the_column_exactly(family, inv):
 def test_self_attention_is_copied_in_its_window_at_coarse_layers(family, inv):
     spy = Maps(("self", "joint"))
     editor = p2p(cross_steps=0, self_steps="0.25-0.5")
-    edit(family, editor, inv, LONGER, extra=[AsControl(spy)])
+    edit(family, editor, inv, LONGER, extra=[Attending(spy)])
     copied = set()
     for call, probs in spy.seen:
         source, target = (call.rows.where(b, "cond") for b in ("source", "target"))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import retour.editors.pix2pix_zero as method
-from attention.spies import AsControl, Maps
+from attention.spies import Maps
 from editors.runs import SOLVER, denoiser, edit, inversion, model, noise
 from retour.core import registry
-from retour.core.control import Control
+from retour.core.control import Attending, Control
 from retour.core.loop import walk
 from retour.core.state import State
 from retour.editors._energy import descent, look
@@ -151,7 +151,7 @@ def test_reference_maps_are_those_of_a_reconstruction_of_its_own(family, inv, mo
     """The published two passes: reconstruct with the caption, keep all maps, then edit."""
     stored = Maps(("cross", "joint"))
     den = denoiser(family, {"source": SOURCE}, scale=1.0)
-    walk(SOLVER, den, State(inv.noise), inv.grid, down=True, controls=[AsControl(stored)])
+    walk(SOLVER, den, State(inv.noise), inv.grid, down=True, controls=[Attending(stored)])
     first = {(c.step.t, c.site.name): c.image_to_text(probs) for c, probs in stored.seen}
     wanted = []
     real = mismatch

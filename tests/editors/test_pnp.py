@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import retour
-from attention.spies import AsControl
 from editors.runs import edit, inversion, model, noise
 from editors.shapes import layout
 from retour.attention.control import AttentionControl
 from retour.attention.features import FeatureControl
 from retour.core import registry
 from retour.core.branches import Wrapped
-from retour.core.control import Control
+from retour.core.control import Attending, Control
 from retour.demo import examples
 from retour.editors._inject import attention_after, decoder_site
 from retour.editors.base import EditJob
@@ -109,9 +108,9 @@ class Looks(AttentionControl, FeatureControl):
         return value
 
 
-class Looking(AsControl):
+class Looking(Attending):
     def features(self):
-        return self.controls
+        return self.attention()
 
 
 def plugged(family, inv, **options):

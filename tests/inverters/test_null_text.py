@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import retour
-from attention.spies import AsControl, Spy
+from attention.spies import Spy
 from editors.runs import model
 from inverters.pivots import FREE, SOURCE, STEPS, TARGET, close, distance, invert, job
 from retour import api
+from retour.core.control import Attending
 from retour.demo import examples
 from retour.errors import RetourError
 from retour.inverters._pivotal import Plan, Tuning
@@ -123,7 +124,7 @@ def test_weights_and_processors_are_left_as_they_were():
 def test_attention_control_sleeps_while_embeddings_are_learned():
     """A control given for the inversion sees the walk up, and nothing of the optimisation."""
     spy = Spy()
-    invert("null-text", controls=(AsControl(spy),), **SHORT)
+    invert("null-text", controls=(Attending(spy),), **SHORT)
     sites = len(model("sd1").attention_sites())
     assert len(spy.calls) == STEPS * sites and not any(c.step.down for c in spy.calls)
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import retour
-from attention.spies import AsControl, Maps
+from attention.spies import Maps
 from editors.runs import SOLVER, denoiser
 from inverters import paired
 from inverters.pivots import PROMPTS, SOURCE, STEPS, TARGET, close, distance, invert, job
 from retour import api
 from retour.attention.uniform import UniformMaps
+from retour.core.control import Attending
 from retour.core.loop import walk
 from retour.core.path import levels
 from retour.core.registry import get
@@ -42,7 +43,7 @@ def test_the_reconstruction_takes_the_uniform_track(family):
     """
     inversion = invert("uniform-maps", family, anchor="returned")
     work = replace(job(inversion), condition=inversion.negative)
-    work.controls = [AsControl(UniformMaps("source"))]
+    work.controls = [Attending(UniformMaps("source"))]
     up = work.climb(DDIM(DDIMOptions("noisy")), inversion.grid, 1.0)["x"]
     assert torch.equal(up, inversion.extras["uniform"])
     down = work.descend(DDIM(DDIMOptions()), State(up[-1]), inversion.grid, 1.0)["x"]
@@ -131,7 +132,7 @@ def test_the_source_row_is_carried_and_its_maps_are_its_own():
     assert result.source is not None and result.record["nfe_edit"] == 4 * STEPS
     back = get("invert", "uniform-maps").make().replay(inversion)
     den = denoiser("sd1", {"source": [SOURCE], "target": [TARGET]})
-    controls = [back.control, AsControl(spy)]
+    controls = [back.control, Attending(spy)]
     walk(SOLVER, den, back.state.tile(2), inversion.grid, down=True, controls=controls)
     uniform = [torch.allclose(p, torch.full_like(p, 1 / 16)) for _, p in spy.seen]
     assert uniform and not any(uniform)

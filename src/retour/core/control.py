@@ -66,6 +66,21 @@ class Control:
         return x
 
 
+class Attending(Control):
+    """Attention controls as a run's control.
+
+    Args:
+        controls: in the order in which they fold.
+    """
+
+    def __init__(self, *controls: AttentionControl):
+        self._controls = controls
+
+    def attention(self) -> Sequence[AttentionControl]:
+        """What it was made with."""
+        return self._controls
+
+
 class Chain(Control):
     """Several controls as one."""
 

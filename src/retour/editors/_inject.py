@@ -12,7 +12,7 @@ from ..core.branches import Rows
 from ..core.model import Condition, FeatureSite, Model
 from ..errors import RetourError
 from .base import EditJob
-from .blend import LEAST_GRID
+from .blend import mask_factor
 
 
 @lru_cache(maxsize=64)
@@ -72,7 +72,7 @@ def decoder_site(
     sites = model.feature_sites()
     found = [site for site in sites if site.kind == kind and site.place == "up"]
     if found:
-        wanted = max(1.0, min(4.0, min(latent) / LEAST_GRID))
+        wanted = max(1.0, mask_factor(latent))
         factor = min({s.factor for s in found}, key=lambda f: abs(math.log(f / wanted)))
         level = [site for site in found if site.factor == factor]
         return level[(len(level) - 1) // 2]

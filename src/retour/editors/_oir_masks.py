@@ -16,7 +16,7 @@ from ..io import read_image, to_tensor
 from ._oir_pairs import Thing
 from ._track import watch_source
 from .base import EditJob
-from .blend import LEAST_GRID, normalised
+from .blend import mask_factor, normalised
 
 Size = tuple[int, int]
 Key = tuple[str, int]
@@ -71,8 +71,7 @@ def with_masks(
     if sought:
         watch_source(job.model, job.inversion, [store], ledger)
     for key, k in sought:
-        height, width = job.inversion.latents.shape[-2:]
-        factor = min(4.0, min(height, width) / LEAST_GRID)
+        factor = mask_factor(job.inversion.latents.shape[-2:])
         heat = store.word("source", key[1], found[key][k].tokens, factor)
         masks[key, k] = normalised(heat.cpu(), size, pool=True) > threshold
     return {

@@ -52,6 +52,14 @@ POOLED_GRID = 16  # The paper pools 3 x 3 on a 16 x 16 grid.
 LEAST_GRID = 8  # On 4 x 4 maps a pooled mask is half the picture.
 
 
+def mask_factor(size: Sequence[int]) -> float:
+    """How much coarser than latents (h, w) the maps shall be that masks are made of, per edge.
+
+    Four times, where such maps have 8 x 8 places or more.
+    """
+    return min(4.0, min(size) / LEAST_GRID)
+
+
 @dataclass(frozen=True)
 class BlendTokens:
     """Token positions whose attention makes one target's mask.
@@ -77,7 +85,6 @@ class LocalBlend(Control):
             any token, are not blended.
         threshold: of the normalised map, in (0, 1).
         start: fraction of the steps to leave alone first (maps are still settling).
-        factor: latent size over map size that is sought, if such maps have 8 x 8 places or more.
         store: where maps are collected; its own by default.
     """
 
@@ -87,11 +94,10 @@ class LocalBlend(Control):
         *,
         threshold: float = 0.3,
         start: float = 0.2,
-        factor: float = 4.0,
         store: AttentionStore | None = None,
     ):
         self.tokens = {key: t for key, t in tokens.items() if t.source or t.target}
-        self.threshold, self.start, self.factor = threshold, start, factor
+        self.threshold, self.start = threshold, start
         self.store = AttentionStore() if store is None else store
 
     def attention(self) -> Sequence[AttentionControl]:
@@ -125,7 +131,7 @@ class LocalBlend(Control):
         union = torch.zeros(size, dtype=torch.bool)
         for branch, tokens in parts:
             if tokens:
-                factor = min(self.factor, min(size) / LEAST_GRID)
+                factor = mask_factor(size)
                 heat = self.store.word(branch, image, tokens, factor)
                 heat = normalised(heat, size, pool=pool)
                 union = union.to(heat.device) | (heat > self.threshold)

@@ -57,7 +57,7 @@ from ..inverters.virtual import INFEDIT_PAPER
 from ._unified import CrossControl, SelfControl, similar
 from .align import Alignment, differing, positions
 from .base import EditJob, Editor
-from .blend import LEAST_GRID, normalised
+from .blend import mask_factor, normalised
 
 OFF = (None, "", "none", "off")
 HEAT = 0.15
@@ -242,7 +242,7 @@ class _Unified(Control):
 
     def _heat(self, places: Sequence[tuple[str, int, int]], size: tuple[int, int]) -> Tensor:
         """Largest of some tokens' maps at latent size, its maximum 1."""
-        factor = min(4.0, min(size) / LEAST_GRID)
+        factor = mask_factor(size)
         maps = [self.store.word(b, image, (token,), factor) for b, image, token in places]
         return normalised(torch.stack(maps).amax(0), size, pool=False)
 

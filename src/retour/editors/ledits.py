@@ -69,7 +69,7 @@ from ._concepts import Concept, Read, branches_for, edits, for_each, numbers
 from ._inject import embed
 from .align import positions
 from .base import EditJob, Editor
-from .blend import LEAST_GRID
+from .blend import mask_factor
 
 NOTHING = "/none"
 BLUR = 0.5  # Standard deviation of the 3 x 3 smoothing of attention maps, in cells.
@@ -233,7 +233,7 @@ class _Semantic(Control):
         if self.options.masks in ("auto", "both", "prediction"):
             # The velocity's gap is that of either face, times a number, at every level.
             mask = mask * _above(gap.velocity.abs().sum(1), slot.thresholds)[:, None].to(mask)
-        factor = min(4.0, min(size) / LEAST_GRID)
+        factor = mask_factor(size)
         for image, tokens in enumerate(slot.looked):
             if tokens:
                 heat = _smooth(self.store.word(slot.branch, image, tokens, factor))

@@ -74,7 +74,7 @@ from ..errors import RetourError, check_range
 from ._inject import borrowed, embed, lenders
 from .align import positions
 from .base import EditJob, Editor
-from .blend import LEAST_GRID
+from .blend import mask_factor
 
 Key = tuple[str, int]
 OFF = (None, "", "none", "off")
@@ -187,7 +187,7 @@ class Masks:
         elif not self.tokens.get((branch, image)) or not self.store.factors(branch, image):
             return None
         else:
-            factor = min(4.0, min(call.latent) / LEAST_GRID)
+            factor = mask_factor(call.latent)
             heat = self.store.word(branch, image, self.tokens[branch, image], factor)[None]
             heat = heat - heat.min()
             heat, least = heat / heat.max().clamp_min(1e-12), self.threshold

@@ -48,7 +48,7 @@ from torch import Tensor
 
 from ..attention.control import AttentionCall, AttentionControl
 from ..core.branches import Rows
-from ..core.control import Chain, Control
+from ..core.control import Attending, Chain, Control
 from ..core.model import Tokens
 from ..core.registry import Paper, register
 from ..errors import RetourError, check_range
@@ -264,7 +264,7 @@ class PromptToPrompt(Editor):
         edits = {key: self.edit(*pair, steps) for key, pair in pairs.items()}
         low, high = parse_range(options.self_steps, "self_steps")
         window = (int(steps * low), int(steps * high))
-        attend = _Attend(P2PAttention(edits, window, options.self_max))
+        attend = Attending(P2PAttention(edits, window, options.self_max))
         tokens = {key: self._blend_tokens(*pair) for key, pair in pairs.items()}
         if not any(t.source or t.target for t in tokens.values()):
             return attend
@@ -311,17 +311,6 @@ class PromptToPrompt(Editor):
             else:
                 _require(name, old, [source for source, _ in pairs])
                 _require(name, new, targets)
-
-
-class _Attend(Control):
-    """An attention control as a run's control."""
-
-    def __init__(self, *controls: AttentionControl):
-        self._controls = controls
-
-    def attention(self) -> Sequence[AttentionControl]:
-        """What it was made with."""
-        return self._controls
 
 
 def _said(words: str, prompts: Sequence[Tokens]) -> bool:
