@@ -158,12 +158,12 @@ def test_stars_stand_where_the_interval_excludes_zero(wide):
     )
     assert len(rows) == 5 and {"★" in row[3] for row in rows} == {True, False}
     for row in rows:
-        low, high = numbers(row[4].replace("+", "").split(" to "))
+        low, high = numbers(row[5].replace("+", "").split(" to "))
         # Ends that print as zero may be on either side.
         if low and high:
             assert ("★" in row[3]) == (low > 0 or high < 0)
-        assert (row[6] == "not told apart") == ("★" not in row[3])
-    verdicts = [row[6] for row in rows]
+        assert (row[4] == "not told apart") == ("★" not in row[3])
+    verdicts = [row[4] for row in rows]
     wide.click("#swap")
     swapped = wide.eval_on_selector_all(
         "#differences .verdict", "(all) => all.map((c) => c.textContent)"
@@ -192,6 +192,25 @@ def test_plots_show_every_run_on_the_axes_one_chooses(page):
         ".every((p) => p.getBoundingClientRect().right <= box.getBoundingClientRect().right))"
     )
     assert inside
+
+
+def test_titles_of_axes_stay_within_their_plots(page):
+    """However long a metric's name is, and however narrow the screen."""
+    page.evaluate("data.columns.forEach((c) => (c.title += ', of the edited region alone'))")
+    page.select_option("#kind", "add_object")
+    outside = page.evaluate(
+        "[...document.querySelectorAll('.plot svg')].flatMap((svg) => { "
+        "const box = svg.getBoundingClientRect(); "
+        "return [...svg.querySelectorAll('.axis-name')].map((t) => t.getBoundingClientRect())"
+        ".filter((t) => t.top < box.top || t.bottom > box.bottom || t.right > box.right); })"
+    )
+    assert outside == []
+
+
+def test_the_verdict_is_seen_without_scrolling(page):
+    page.locator("#compare").evaluate("(section) => section.scrollIntoView()")
+    boxes = [c.bounding_box() for c in page.locator("#differences td.verdict").all()]
+    assert boxes and all(b["x"] + b["width"] <= page.viewport_size["width"] for b in boxes)
 
 
 def test_points_differ_without_colour(wide):
@@ -243,8 +262,10 @@ def test_masks_and_runs_are_switched(wide):
     seen(wide)
     mask = wide.locator(".card.filled .mask").first
     assert mask.is_hidden()
+    about = wide.get_by_text("Inside the dashed line the edit may change")
+    assert about.is_hidden()
     wide.check("#show-mask")
-    assert mask.is_visible()
+    assert mask.is_visible() and about.is_visible()
     shot = wide.locator(".card.filled figure", has_text="ddim+p2p-10").first
     assert shot.is_visible()
     wide.click("#shown-runs summary")

@@ -38,19 +38,20 @@ def test_only_pixels_are_kept(tmp_path, gradient):
     assert b"secret" not in base64.b64decode(uri.split(",")[1])
 
 
-def test_a_mask_tints_what_may_change_and_edges_it():
+def test_a_mask_leaves_what_may_change_as_it_is_and_edges_it():
     mask = np.zeros((16, 16), np.uint8)
     mask[4:12, 4:12] = 255
     layer = np.asarray(pictures.mask_overlay(Image.fromarray(mask)))
-    assert np.array_equal(layer[..., 3] > 0, mask > 0)
-    assert (layer[5:11, 5:11] == pictures.TINT).all()
-    edge = {tuple(int(v) for v in pixel) for pixel in layer[4, 4:12]}
+    assert np.array_equal(layer[..., 3] == 0, mask > 0)
+    edge = {tuple(int(v) for v in pixel) for pixel in layer[3, 4:12]}
     assert edge == {pictures.EDGE, pictures.EDGE_SHADE}
+    assert (layer[:3] == pictures.DIM).all() and (layer[:, :3] == pictures.DIM).all()
 
 
 def test_a_mask_at_the_border_has_no_edge_there():
-    layer = np.asarray(pictures.mask_overlay(Image.new("L", (6, 6), 255)))
-    assert (layer == pictures.TINT).all()
+    for value, wanted in ((255, 0), (0, pictures.DIM[3])):
+        layer = np.asarray(pictures.mask_overlay(Image.new("L", (6, 6), value)))
+        assert (layer[..., 3] == wanted).all()
 
 
 @pytest.fixture(scope="module")

@@ -51,9 +51,9 @@ function differenceRow(column, k, a, b) {
     make("td", {}, mean(a)),
     make("td", {}, mean(b)),
     make("td", { class: "gap" }, signed(gap[0], column.digits), star),
+    make("td", { class: "verdict" }, verdict(column, gap)),
     make("td", {}, ends),
     make("td", {}, forest(gap)),
-    make("td", { class: "verdict" }, verdict(column, gap)),
   );
 }
 

@@ -166,7 +166,13 @@ function printable(on) {
 
 /** Layers over the pictures, each with its box where there are any. */
 function offerLayer(id, name) {
-  byId(id).addEventListener("change", (event) => cards.classList.toggle(name, event.target.checked));
+  const about = document.querySelector(`.about.${name === "masked" ? "masks" : "heats"}`);
+  const show = () => {
+    cards.classList.toggle(name, byId(id).checked);
+    about.hidden = !byId(id).checked;
+  };
+  byId(id).addEventListener("change", show);
+  show(); // A reloaded page keeps its boxes.
 }
 
 function startGallery() {

@@ -27,7 +27,7 @@ FAST = {
     "method": 2,
     "quality": 0,
 }  # Of lossless files: a fifth of the usual time for 5 % more bytes.
-TINT, EDGE = (230, 0, 126, 70), (255, 255, 255, 255)
+DIM, EDGE = (16, 19, 24, 140), (255, 255, 255, 255)
 EDGE_SHADE = (0, 0, 0, 255)
 
 
@@ -115,14 +115,18 @@ def data_uri(image: Image.Image) -> str:
 
 
 def mask_overlay(mask: Image.Image) -> Image.Image:
-    """A mask (white: may change) as a layer: a tint, and a black and white edge around it."""
+    """A mask (white: may change) as a layer: the rest dimmed, a black and white edge around it.
+
+    What may change is what one looks at, so nothing lies over it: a tint would change its colours.
+    """
     inside = np.asarray(mask.convert("L")) > 127
     grown = np.pad(inside, 1, mode="edge")
-    core = grown[:-2, 1:-1] & grown[2:, 1:-1] & grown[1:-1, :-2] & grown[1:-1, 2:] & inside
+    near = grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:]
+    edge = near & ~inside
     layer = np.zeros((*inside.shape, 4), np.uint8)
-    layer[inside] = TINT
+    layer[~inside] = DIM
     # Alternating, the edge shows on any ground.
     checks = np.indices(inside.shape).sum(0) // 2 % 2 == 0
-    layer[inside & ~core & checks] = EDGE
-    layer[inside & ~core & ~checks] = EDGE_SHADE
+    layer[edge & checks] = EDGE
+    layer[edge & ~checks] = EDGE_SHADE
     return Image.fromarray(layer)

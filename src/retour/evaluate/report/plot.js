@@ -83,7 +83,12 @@ function axes(frame, x, y, titles) {
   const middle = (top + bottom) / 2;
   const across = { class: "axis-name", x: (left + right) / 2, y: bottom + 40, "text-anchor": "middle" };
   const up = { class: "axis-name", transform: `translate(14 ${middle}) rotate(-90)`, "text-anchor": "middle" };
-  return [...parts, draw("text", across, titles[0]), draw("text", up, titles[1])];
+  const titled = (place, title, room) => {
+    const text = draw("text", place, title);
+    text.style.fontSize = fitted(title, room);
+    return text;
+  };
+  return [...parts, titled(across, titles[0], right - left), titled(up, titles[1], bottom - top)];
 }
 
 /** What an axis shows and which way is better. */
@@ -100,6 +105,12 @@ const pen = make("canvas").getContext("2d");
 function textWidth(text) {
   pen.font = `500 12px ${getComputedStyle(document.body).fontFamily}`;
   return pen.measureText(text).width;
+}
+
+/** A font size at which a title of an axis stays within it. */
+function fitted(title, room) {
+  const width = (textWidth(title) * 13) / 12;
+  return width > room ? `${((13 * room) / width).toFixed(1)}px` : "";
 }
 
 /** A free place for a point's name, or null. */
