@@ -281,6 +281,46 @@ def test_damaged_and_foreign_inversions(image, folder, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "more", "says"),
+    [
+        ("edit", ("--steps", 7), "leave out --steps,"),
+        ("edit", ("--inverter", "ddim", "-I", "strength=0.5"), "leave out --inverter, -I,"),
+        ("edit", ("--source", SOURCE, "--negative", "a cat"), "leave out --source, --negative,"),
+        ("edit", ("--seed", 3), "leave out --seed,"),
+        ("reconstruct", ("--inverter", "direct"), "leave out --inverter,"),
+        ("vary", ("--steps", 7), "leave out --steps,"),
+        ("explain", ("--guidance", 2), "leave out --guidance,"),
+        ("invert", (), "is an inversion already"),
+    ],
+)
+def test_settings_of_a_stored_inversion_are_not_ignored(
+    command, more, says, image, folder, tmp_path, capsys
+):
+    stored = tmp_path / "a.safetensors"
+    given = ("--source", "a cat", "--model", folder, "--steps", 2)
+    assert retour("invert", image, *given, "-o", stored) == 0
+    capsys.readouterr()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    out = {"explain": "maps", "invert": "b.safetensors"}.get(command, "out.png")
+    target = ("--target", "a dog") if command == "edit" else ()
+    given = ("--model", folder, "-o", tmp_path / out, *target)
+    assert retour(command, stored, *given, *more) == 2
+    _one_sentence(capsys.readouterr().err, says)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_the_way_back_of_a_stored_inversion_has_settings(image, folder, tmp_path):
+    stored, out = tmp_path / "a.safetensors", tmp_path / "out.png"
+    given = ("--source", "a cat", "--model", folder, "--steps", 2)
+    assert retour("invert", image, *given, "-o", stored) == 0
+    back = (stored, "--model", folder, "-o", out, "--guidance", 2)
+    assert retour("edit", *back, "--target", "a dog", "-E", "self_steps=0.5") == 0
+    assert retour("reconstruct", *back) == 0
+    assert retour("vary", *back, "--count", 1, "--seed", 5) == 0
+    assert read_record(out)["guidance"] == 2 and read_record(out)["editor_options"]["seed"] == 5
+
+
 def test_pickles_are_refused(image, folder, tmp_path, capsys):
     import shutil
 

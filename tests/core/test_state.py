@@ -130,7 +130,7 @@ def test_another_model_is_refused_by_both_names(saved):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(RetourError, match="no inversion file at .*nothing.inv"):
+    with pytest.raises(RetourError, match="there is no inversion file .*nothing.inv"):
         Inversion.load(tmp_path / "nothing.inv")
 
 
@@ -200,11 +200,18 @@ def test_header_without_a_part(saved, name):
         ("times", 3),
         ("times", ["a"] * 5),
         ("prompts", 3),
+        ("prompts", [1, 2]),
+        ("method", 3),
+        ("options", None),
+        ("record", None),
+        ("guidance", "x"),
+        ("guidance", -4),
+        ("guidance", float("nan")),
     ],
 )
 def test_header_with_a_wrong_part(saved, name, value):
     resave(saved, change_header=lambda h: h.update({name: value}))
-    with pytest.raises(RetourError, match="lacks parts"):
+    with pytest.raises(RetourError, match=r"^'.*two.inv' lacks parts of an inversion \("):
         Inversion.load(saved)
 
 
@@ -223,6 +230,17 @@ def test_other_states_that_do_not_fit(saved):
 def test_conditions_that_do_not_fit(saved):
     key = "condition/embeds"
     resave(saved, change_tensors=lambda t: t.update({key: t[key][:1].clone()}))
+    with pytest.raises(RetourError, match="do not fit"):
+        Inversion.load(saved)
+
+
+@pytest.mark.parametrize("side", ["condition", "negative"])
+def test_conditions_that_are_not_finite_or_not_there(saved, side):
+    key = f"{side}/embeds"
+    resave(saved, change_tensors=lambda t: t[key].mul_(float("nan")))
+    with pytest.raises(RetourError, match="not finite"):
+        Inversion.load(saved)
+    resave(saved, change_tensors=lambda t: t.pop(key))
     with pytest.raises(RetourError, match="do not fit"):
         Inversion.load(saved)
 

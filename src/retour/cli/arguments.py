@@ -9,6 +9,8 @@ import typer
 
 DEFAULT_MODEL = "emoji-unet"
 FLOW_MODEL = "emoji-mmdit"
+DEFAULT_INVERTER = "direct"
+TRACK_INVERTER = "ddim"  # Of commands that want the picture's own track, and no help on it.
 INVERSION_SUFFIX = ".safetensors"
 
 ImageArg = Annotated[
@@ -16,6 +18,14 @@ ImageArg = Annotated[
     typer.Argument(
         metavar="IMAGE",
         help="A picture; an inversion file; for a model of clips a folder of frames or a GIF.",
+        show_default=False,
+    ),
+]
+PictureArg = Annotated[
+    Path,
+    typer.Argument(
+        metavar="IMAGE",
+        help="A picture; for a model of clips a folder of frames or a GIF.",
         show_default=False,
     ),
 ]
@@ -30,7 +40,18 @@ FlowModelOpt = Annotated[
     str | None,
     typer.Option("--model", help="Embedded name, folder or hub id.", show_default=FLOW_MODEL),
 ]
-InverterOpt = Annotated[str, typer.Option("--inverter", help="See `retour methods --task invert`.")]
+InverterOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--inverter", help="See `retour methods --task invert`.", show_default=DEFAULT_INVERTER
+    ),
+]
+TrackOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--inverter", help="See `retour methods --task invert`.", show_default=TRACK_INVERTER
+    ),
+]
 MateOpt = Annotated[
     str | None,
     typer.Option(

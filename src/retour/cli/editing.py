@@ -10,10 +10,13 @@ import typer
 if TYPE_CHECKING:
     from ..core.state import Inversion
 
+from ..errors import RetourError
 from ..io import WRITABLE, check_writable, read_picture
 from .application import app
 from .arguments import (
+    DEFAULT_INVERTER,
     INVERSION_SUFFIX,
+    TRACK_INVERTER,
     DeviceOpt,
     DtypeOpt,
     EditOptions,
@@ -27,9 +30,11 @@ from .arguments import (
     MateOpt,
     ModelOpt,
     NegativeOpt,
+    PictureArg,
     SeedOpt,
     SourceOpt,
     StepsOpt,
+    TrackOpt,
 )
 from .support import check_method, inversion_of, key_values, outputs, print_record
 
@@ -65,8 +70,8 @@ def edit(
     asked: dict[str, Any] = {"editor": editor, "guidance": guidance, "mask": mask}
     asked |= key_values(edit_options)
     inversion = inversion_of(
-        image, source, model, device, dtype, invert_options, inverter, editor, outs,
-        check=lambda found: api.refuse_edit(found, target, **asked),
+        image, source, model, device, dtype, invert_options, inverter, editor=editor, outs=outs,
+        check=lambda found: api.refuse_edit(found, target, **asked), later=["guidance"],
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
     result = api.edit(inversion, target, **asked)
@@ -77,10 +82,10 @@ def edit(
 
 @app.command()
 def invert(
-    image: ImageArg,
+    image: PictureArg,
     out: Annotated[Path, typer.Option("-o", "--out", help="The inversion, a .safetensors file.")],
     source: SourceOpt = None,
-    inverter: InverterOpt = "direct",
+    inverter: InverterOpt = None,
     model: ModelOpt = None,
     steps: StepsOpt = None,
     guidance: GuidanceOpt = None,
@@ -93,8 +98,10 @@ def invert(
 ) -> None:
     """Take a picture back to noise and keep the inversion for any number of edits."""
     check_writable(out, [INVERSION_SUFFIX])
+    if image.suffix == INVERSION_SUFFIX:
+        raise RetourError(f"'{image}' is an inversion already: give a picture")
     inversion = inversion_of(
-        image, source, model, device, dtype, invert_options, inverter,
+        image, source, model, device, dtype, invert_options, inverter, usual=DEFAULT_INVERTER,
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
     inversion.save(out)
@@ -106,7 +113,7 @@ def reconstruct(
     image: ImageArg,
     out: Annotated[Path, typer.Option("-o", "--out", help="The reconstructed picture.")],
     source: SourceOpt = None,
-    inverter: InverterOpt = "direct",
+    inverter: InverterOpt = None,
     model: ModelOpt = None,
     steps: StepsOpt = None,
     guidance: GuidanceOpt = None,
@@ -123,7 +130,8 @@ def reconstruct(
     from .. import api
 
     inversion = inversion_of(
-        image, source, model, device, dtype, invert_options, inverter, outs=[out],
+        image, source, model, device, dtype, invert_options, inverter, usual=DEFAULT_INVERTER,
+        outs=[out], later=["guidance"],
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
     result = api.reconstruct(inversion, guidance=guidance)
@@ -141,7 +149,7 @@ def vary(
         typer.Option("--target", help="What they shall show.", show_default="the same"),
     ] = None,
     source: SourceOpt = None,
-    inverter: InverterOpt = "ddim",
+    inverter: TrackOpt = None,
     model: ModelOpt = None,
     steps: StepsOpt = None,
     guidance: GuidanceOpt = None,
@@ -169,8 +177,9 @@ def vary(
         return [found.prompts[0] if target is None else target] * count
 
     inversion = inversion_of(
-        image, source, model, device, dtype, invert_options, inverter,
+        image, source, model, device, dtype, invert_options, inverter, usual=TRACK_INVERTER,
         check=lambda found: api.refuse_edit(found, shown(found), **asked),
+        later=["guidance", "seed"],
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
     result = api.edit(inversion, shown(inversion), **asked)
@@ -206,7 +215,7 @@ def explain(
     scale: Annotated[
         str, typer.Option("--scale", help="Colours by each word's own range, or that of all.")
     ] = "word",
-    inverter: InverterOpt = "ddim",
+    inverter: TrackOpt = None,
     model: ModelOpt = None,
     steps: StepsOpt = None,
     guidance: GuidanceOpt = None,
@@ -226,7 +235,7 @@ def explain(
     settings: dict[str, Any] = {"factor": factor, "span": span, "scale": scale}
     check_settings(**settings)
     inversion = inversion_of(
-        image, source, model, device, dtype, invert_options, inverter,
+        image, source, model, device, dtype, invert_options, inverter, usual=TRACK_INVERTER,
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
     drawn = None if image.suffix == INVERSION_SUFFIX else image

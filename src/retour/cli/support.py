@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,25 +74,33 @@ def inversion_of(
     dtype: str | None,
     options: Sequence[str] | None,
     method: str | None,
-    editor: str = "p2p",
+    *,
+    editor: str = "",
+    usual: str | None = None,
     outs: Sequence[Path] = (),
     check: Callable[[Inversion], None] | None = None,
+    later: Collection[str] = (),
     **settings: Any,
 ) -> Inversion:
-    """Read an inversion file, or invert a picture (by default, as the editor likes it).
+    """Read an inversion file, or invert a picture (by default the `usual` way, or the editor's).
 
     A folder of frames or an animated picture is a clip, to a model of clips, which all of `outs`
-    must be able to hold. `check` refuses what cannot follow, before the inversion is made.
+    must be able to hold. `check` refuses what cannot follow, before the inversion is made. Settings
+    are refused for an inversion that is there, but for those that matter `later`.
     """
     from .. import api
     from ..core.state import Inversion
 
     if image.suffix == INVERSION_SUFFIX:
+        given = {"source": source, "inverter": method, "I": options or None}
+        given |= {k: v for k, v in settings.items() if k not in later and v not in ("", 0)}
+        _refuse_settings(image, [k for k, v in given.items() if v is not None])
         stored = Inversion.load(image)
         name = stored.model_name if model is None else model
         stored.attach(load_model(name, device, dtype), source=repr(str(image)))
         return stored
     check_source(source)
+    method = usual if method is None else method
     if method is not None:
         check_method("invert", method, options)
     clip = is_clip(image)
@@ -114,6 +122,15 @@ def inversion_of(
     if source is None:
         say(f"source prompt (guessed): {inversion.prompts[0]!r}")
     return inversion
+
+
+def _refuse_settings(image: Path, names: Sequence[str]) -> None:
+    if names:
+        listed = ", ".join(f"-{name}" if len(name) == 1 else f"--{name}" for name in names)
+        raise RetourError(
+            f"'{image}' is an inversion, made with settings of its own: leave out {listed}, "
+            "or give the picture to have it inverted anew"
+        )
 
 
 def print_record(record: dict[str, Any], outs: Sequence[Path], as_json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import RetourError
+from ..errors import RetourError, check_range
 from .grid import Grid
 from .model import Condition
 from .rows import copies
@@ -228,7 +228,7 @@ def _read(path: FilePath) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise RetourError(f"no inversion file at {str(path)!r}")
+        raise RetourError(f"there is no inversion file {str(path)!r}: check the path")
     try:
         with safe_open(str(path), framework="pt") as file:
             meta = file.metadata() or {}
@@ -251,7 +251,9 @@ def _restore(
     def group(name: str) -> dict[str, Tensor]:
         return {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
 
+    name = repr(str(path))
     try:
+        _check_header(header)
         inversion = cls(
             method=header["method"],
             options=header["options"],
@@ -267,25 +269,42 @@ def _restore(
         )
         coherent = _coherent(inversion)
     except (KeyError, IndexError, TypeError, AttributeError, RetourError) as error:
-        raise RetourError(
-            f"{path!r} lacks parts of an inversion ({error!r}): invert again"
-        ) from None
+        said = str(error) if isinstance(error, RetourError) else repr(error)
+        raise RetourError(f"{name} lacks parts of an inversion ({said}): invert again") from None
     if not coherent:
-        raise RetourError(f"{path!r} holds states that do not fit its grid: invert again")
+        raise RetourError(
+            f"{name} holds tensors that are not finite, or do not fit its grid and prompts: "
+            "invert again"
+        )
     return inversion
 
 
+def _check_header(header: Mapping[str, Any]) -> None:
+    kinds = {
+        **dict.fromkeys(("method", "model_name", "fingerprint"), str),
+        **dict.fromkeys(("options", "record"), dict),
+        **dict.fromkeys(("prompts", "negative_prompts"), list),
+    }
+    wrong = [k for k, kind in kinds.items() if not isinstance(header[k], kind)]
+    texts = [*header["prompts"], *header["negative_prompts"]] if not wrong else []
+    if wrong or not all(isinstance(text, str) for text in texts):
+        raise RetourError(f"{', '.join(wrong) or 'prompts'} of another type")
+    check_range("guidance", header["guidance"], 0)
+
+
 def _coherent(inv: Inversion) -> bool:
-    """Whether all tensors have the shapes that grid and prompts call for, and states are finite."""
+    """Whether all tensors are finite and have the shapes that grid and prompts call for."""
     batch, levels = len(inv.condition), (inv.grid.steps + 1, inv.grid.steps)
     conditions = [*inv.condition.tensors.values(), *inv.negative.tensors.values()]
+    shapes = [{k: v.shape for k, v in c.tensors.items()} for c in (inv.condition, inv.negative)]
     return (
         all(tuple(v.shape) == tuple(inv.states["x"].shape) for v in inv.states.values())
         and inv.states["x"].shape[:2] == (levels[0], batch)
         and all(v.shape[0] in levels and v.shape[1] == batch for v in inv.extras.values())
         and all(len(v) == batch for v in conditions)
         and len(inv.negative) == batch
-        and all(bool(torch.isfinite(v).all()) for v in inv.states.values())
+        and shapes[0] == shapes[1]
+        and all(bool(torch.isfinite(v).all()) for v in (*inv.states.values(), *conditions))
     )
 
 
