@@ -15,6 +15,7 @@ from retour.core.control import Attending
 from retour.core.loop import walk
 from retour.core.registry import get
 from retour.core.state import Inversion, State, stack
+from retour.editors._drag_carry import shared
 from retour.editors._drags import Drag
 from retour.editors._track import OnTrack
 from retour.editors.base import EditJob
@@ -85,6 +86,26 @@ def test_gaps_of_a_magnified_object_are_fresh_or_copies():
     assert int(m.gap.sum()) == 12 and bool((m.destination | ~m.gap).all())
     assert torch.equal(fresh[0][:, ~inside], copies[0][:, ~inside])
     assert bool((fresh[0] != copies[0])[:, inside].all())
+
+
+def test_noise_that_is_shared_stays_white_and_adds_up():
+    """Of n cells from one origin each has variance 1, none follows another, the sum is e sqrt n."""
+    inv = invert()
+    given = {"drags": "7.5,7.5>7.5,7.5*2", "mode": "move", "reading": "carried"}
+    editor, job, _ = job_of(inv, mask(4, 4, 12, 12), **given)
+    [m] = editor.cells(job)
+    chosen = m.destination.nonzero().flatten()
+    draws, generator = 4000, torch.Generator().manual_seed(3)
+    own, fresh = torch.randn(2, len(m.source), draws, generator=generator, dtype=torch.float64)
+    [found] = shared(own[None, m.source], fresh, m)  # Channels are so many draws.
+    gap = found[chosen].cov() - torch.eye(len(chosen))
+    assert float(gap.abs().max()) < 6 / draws**0.5
+    for origin in m.source[chosen].unique():
+        together = chosen[m.source[chosen] == origin]
+        assert len(together) == 4
+        torch.testing.assert_close(found[together].sum(0), 2 * own[origin])
+    still = ~m.destination
+    assert torch.equal(found[still], own[m.source][still])
 
 
 def test_neighbours_fill_instead_of_noise():

@@ -4,7 +4,8 @@ Every state of the source is :math:`z_t = \alpha_t z_0 + \sigma_t \epsilon_t`, w
 latents and an :math:`\epsilon_t` of its own. The map of the latents' cells (:mod:`._drag_map`) puts
 both together anew: clean latents are read between cells, bilinearly, and filled in from around
 where something was taken away; of the noise, which interpolation would weaken, whole cells are
-taken. So
+taken, and where something grows its cells share theirs so that it stays white (copies would add up
+to patches of wrong colours). So
 
 - the last state is the moved noise of the drag's start;
 - a branch that stands on this trajectory has, in every attention layer, what is dragged at its new
@@ -26,6 +27,7 @@ from ._drag_map import DragMap
 from ._drag_tokens import from_neighbours, from_tokens, to_tokens
 
 Fill = Literal["noise", "around", "neighbours"]
+Gaps = Literal["noise", "copy", "share"]
 
 
 def carried(
@@ -37,7 +39,7 @@ def carried(
     noise: Tensor,
     *,
     fill: Fill = "noise",
-    copy: bool = False,
+    gaps: Gaps = "noise",
     renew: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
@@ -52,8 +54,8 @@ def carried(
         noise: (C, h, w), fresh.
         fill: noise of vacated places: fresh; or the picture's own, of background cells chosen at
             random (`around`); or what `neighbours` interpolate, which is weak.
-        copy: give cells between those of a magnified object the nearest one's noise; otherwise
-            theirs is fresh.
+        gaps: noise of the cells between those of a magnified object: fresh; or a `copy` of the
+            nearest one's, which neighbours then have in common; or a `share` of it, white again.
         renew: share of fresh noise in what moved, whose variance stays.
         seed: of the choice of background cells.
     """
@@ -65,7 +67,9 @@ def carried(
         a, s = alpha[:, 0, 0, 0, 0, None, None], sigma[:, 0, 0, 0, 0, None, None]
         own = torch.where(s > 0, (z - a * still) / s.clamp_min(1e-12), 0.0)
         taken = own[:, m.source]
-        if not copy:
+        if gaps == "share":
+            taken = shared(taken, fresh, m)
+        elif gaps == "noise":
             taken = torch.where(m.gap[:, None], fresh, taken)
         mixed = (1 - renew**2) ** 0.5 * taken + renew * fresh
         taken = torch.where(m.destination[:, None], mixed, taken)
@@ -76,6 +80,19 @@ def carried(
         content = torch.where(m.vacated[:, None], around, content)
         rows.append(from_tokens(a * content + s * taken, 1, m.size))
     return torch.stack(rows, 1)
+
+
+def shared(taken: Tensor, fresh: Tensor, m: DragMap) -> Tensor:
+    r"""Noise (K, N, C) of which n cells that have one origin take a part each.
+
+    With the origin's noise e and fresh f_k each gets :math:`e / \sqrt n + f_k - \bar f`: variance
+    1 and no correlation, while the sum of all n is e's, scaled. One cell alone gets e.
+    """
+    group = torch.where(m.destination, m.source, len(m.source) + torch.arange(len(m.source)))
+    _, group, count = group.unique(return_inverse=True, return_counts=True)
+    mean = torch.zeros(len(count), fresh.shape[1]).to(fresh).index_add_(0, group, fresh)
+    mean = mean / count[:, None]
+    return taken / count[group, None] ** 0.5 + (fresh - mean[group])
 
 
 def _holes(taken: Tensor, own: Tensor, fresh: Tensor, m: DragMap, fill: Fill, seed: int) -> Tensor:

@@ -65,7 +65,7 @@ from ..inverters.base import Replay
 from ..io import Placement
 from ..pictures import placements_in
 from ._drag_attention import Background, Identity, Queries, Refinement
-from ._drag_carry import Fill, carried
+from ._drag_carry import Fill, Gaps, carried
 from ._drag_map import DragMap, Field, coarser, drag_map, finer
 from ._drags import Drag, Drags, Mode, check_drags, pull_of, read_drags
 from ._track import OnTrack
@@ -88,9 +88,9 @@ class LazyDragOptions:
             noise alone. None: 1 where `tokens` are read, 0.5 where what is read is `carried`.
         fill: noise that vacated places start from; None: `noise` in mode `drag`, `around` in mode
             `move`. What is interpolated between `neighbours` is weak, which makes them even.
-        gaps: noise between the landing places of a magnified object: fresh, or a copy of the
-            nearest one's. None: fresh where `tokens` are read, which copies would paint as a
-            pattern, copies where what is read is `carried`.
+        gaps: noise between the landing places of a magnified object: fresh `noise`; a `copy` of
+            the nearest one's, which is no longer white; or a `share` of it, made white by fresh
+            noise. None: `noise` where `tokens` are read, `share` where what is read is `carried`.
         renew: share of fresh noise in what moved. With some, and with `identity_until` and
             `blend_max` low, the words decide what stands there.
         reading: where the attention of what moved is read: from the `tokens` it came from, as in
@@ -115,7 +115,7 @@ class LazyDragOptions:
     field: Field = "nearest"
     strength: float | None = None
     fill: Fill | None = None
-    gaps: Literal["noise", "copy"] | None = None
+    gaps: Gaps | None = None
     renew: float = 0.0
     reading: Literal["tokens", "carried"] | None = None
     background: bool = True
@@ -257,12 +257,12 @@ class LazyDrag(Editor):
         options, clean = self.options, job.inversion.latents
         generator = torch.Generator().manual_seed(options.seed)
         noise = torch.randn(clean.shape[1:], generator=generator, dtype=torch.float64)
-        copy = self._carries(job.model) if options.gaps is None else options.gaps == "copy"
+        gaps = options.gaps or ("share" if self._carries(job.model) else "noise")
         # On the processor, where the maps are.
         moved = carried(
             states.cpu(), clean.to(states).cpu(), times, job.model.path, self.cells(job), noise,
             fill=options.fill or ("noise" if options.mode == "drag" else "around"),
-            copy=copy, renew=options.renew, seed=options.seed,
+            gaps=gaps, renew=options.renew, seed=options.seed,
         )  # fmt: skip
         return moved.to(states)
 
