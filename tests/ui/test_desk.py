@@ -213,6 +213,16 @@ def test_only_the_models_of_the_start_can_be_had():
     assert shelf.names[0] == "emoji-unet"
 
 
+def test_a_cameras_picture_is_reduced_and_that_is_said(desk, gradient):
+    """Every look at a result carries the picture: at full size that would take minutes."""
+    room = bring(desk, "a", gradient.resize((5000, 2500)))
+    assert room.picture.size == (2048, 1024) and room.given == (5000, 2500)
+    assert "Reduced from 5,000 x 2,500 pixels" in markup.reduction(room.given)
+    room = bring(desk, "a", gradient)
+    assert room.picture.size == gradient.size and room.given is None
+    assert markup.reduction(None) == ""
+
+
 def test_limits_are_the_operators(shelf, gradient):
     desk = Desk(shelf, allowed=limits(0.0001))
     with pytest.raises(RetourError, match="bytes: make it smaller"):

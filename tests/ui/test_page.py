@@ -215,6 +215,21 @@ def test_a_drawing_belongs_to_its_picture(visit):
     assert asked(page)["points"] == [] and page.locator("[data-clear]").is_hidden()
 
 
+@pytest.mark.parametrize("width", [1440, 700, 390])
+@pytest.mark.parametrize("size", [(60, 240), (240, 60), (64, 64)])
+def test_no_picture_is_stretched(visit, size, width):
+    page = visit()
+    page.set_viewport_size({"width": width, "height": 900})
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "teal").save(buffer, "PNG")
+    file = {"name": "x.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+    page.set_input_files("#r-file", file)
+    page.wait_for_selector("#u-source canvas")
+    shown = page.locator("#u-source .r-frame img").bounding_box()
+    assert shown["width"] / shown["height"] == pytest.approx(size[0] / size[1], rel=0.03)
+    assert shown["height"] <= 640 and page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_what_was_typed_for_one_method_is_not_sent_for_another(visit):
     page = visit()
     page.click("#u-options button")

@@ -20,7 +20,7 @@ from ..core.registry import entries, get
 from ..errors import RetourError
 from ..io import Limits
 from . import menus
-from .drawing import limits, read_file, read_mask, read_points
+from .drawing import limits, read_file, read_mask, read_points, reduced
 from .line import Line, Ticket
 from .recipe import Recipe, file_name, takes_drags
 from .rooms import Entry, Room, Rooms
@@ -153,7 +153,9 @@ class Desk:
         """Take an upload into a visitor's room."""
         room = self.rooms.enter(session)
         found = read_file(text, self.allowed)
-        room.bring(found.image, file_name(found.name))
+        picture = reduced(found.image)
+        given = None if picture is found.image else found.image.size
+        room.bring(picture, file_name(found.name), given)
         return room
 
     def pick(self, session: str | None, name: str) -> Sample:

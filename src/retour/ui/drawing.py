@@ -18,6 +18,7 @@ from .recipe import MAX_DRAGS
 MAX_BYTES = 16 * 2**20
 MAX_PIXELS = 24_000_000
 MAX_SIDE = 12_000
+KEPT = 2048  # No model works at more; a photo of a camera is reduced when it comes.
 SHOWN = 512  # Smaller pictures are enlarged for the eye, larger ones reduced for the wire.
 
 Drags = tuple[tuple[int, int, int, int], ...]
@@ -41,6 +42,15 @@ def read_file(text: str, allowed: Limits) -> Picture:
     except (ValueError, KeyError, TypeError):
         raise RetourError("no file arrived: choose it once more") from None
     return read_upload(_content(data, name, allowed), name, allowed)
+
+
+def reduced(image: Image.Image, side: int = KEPT) -> Image.Image:
+    """A picture no longer than `side`, for every look at it costs its size."""
+    if max(image.size) <= side:
+        return image
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return small
 
 
 def _content(data: str, name: str, allowed: Limits) -> bytes:

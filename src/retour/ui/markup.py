@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..io import Limits, plain
+from ..io import Limits, Size, plain
 from .drawing import Drags, data_url, fractions, painting, png_url, shown, thumbnail
 from .menus import Choice, Field
 from .recipe import file_name, to_cli, to_python
@@ -104,6 +104,15 @@ def _tools(name: str, image: Image.Image) -> str:
     size = f"{escape(name)}, {image.width} x {image.height} pixels. "
     row = tag("div", buttons + clear, class_="r-tools", role="group", aria_label="Drawing tools")
     return row + told + tag("p", size + change, class_="r-hint")
+
+
+def reduction(given: Size | None) -> str:
+    """That a picture was made smaller, if it was."""
+    if given is None:
+        return ""
+    width, height = given
+    said = f"reduced from {width:,} x {height:,} pixels, which is more than any model works at."
+    return notice(said, "info")
 
 
 def _ratio(image: Image.Image) -> str:
@@ -205,7 +214,7 @@ def history(entries: Sequence[Entry], current: int | None = None) -> str:
         )  # fmt: skip
         for e in reversed(entries)
     )
-    return tag("h2", "This visit") + tag("div", items, class_="r-strip")
+    return tag("h2", "Results of this visit") + tag("div", items, class_="r-strip")
 
 
 def _brief(entry: Entry) -> str:

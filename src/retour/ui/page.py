@@ -218,7 +218,8 @@ class Page:
     def _brought(self, room: Room, before: str, after: str) -> Any:
         assert room.picture is not None
         source, words = markup.picture(room.picture, room.name), markup.words(before, after)
-        return source, "", markup.no_result(), before, after, words, "", ""
+        note = markup.reduction(room.given)
+        return source, note, markup.no_result(), before, after, words, "", ""
 
     def _refused(self, said: str) -> Any:
         """The old picture stays, with what was drawn on it."""

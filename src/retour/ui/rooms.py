@@ -45,6 +45,7 @@ class Room:
     Attributes:
         picture: the picture to edit.
         name: its file name.
+        given: the size that it came with, where it was reduced.
         history: the latest results, newest last.
         shown: the result that the visitor looks at.
         ticket: the job that waits or runs.
@@ -52,6 +53,7 @@ class Room:
 
     picture: Image.Image | None = None
     name: str = ""
+    given: tuple[int, int] | None = None
     history: deque[Entry] = field(default_factory=lambda: deque(maxlen=HISTORY))
     shown: Entry | None = None
     ticket: Ticket | None = None
@@ -80,9 +82,9 @@ class Room:
         self.shown = entry
         return entry
 
-    def bring(self, picture: Image.Image, name: str) -> None:
+    def bring(self, picture: Image.Image, name: str, given: tuple[int, int] | None = None) -> None:
         """Put another picture to edit in place of the last one, which no result is shown of."""
-        self.picture, self.name, self.shown = picture, name, None
+        self.picture, self.name, self.given, self.shown = picture, name, given, None
 
     def find(self, number: int) -> Entry:
         """A result of the history."""

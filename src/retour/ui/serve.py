@@ -54,7 +54,8 @@ class Server:
         if not _local(host):
             logger.warning(
                 "the page listens on %s: whoever reaches this machine there can use it, for it "
-                "asks for no password", host or "all addresses"
+                "asks for no password",
+                host or "all addresses",
             )
 
     def _launch(self, host: str) -> Any:
