@@ -47,6 +47,10 @@ def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def called_too_early(*_):
+    raise AssertionError("the network was called before everything was checked")
+
+
 def short(image, folder, out, *more):
     """An edit whose prompts the tiny text encoder reads to their end."""
     given = ("--source", "a cat", "--target", "a dog", "--model", folder, "--steps", 2, "-o", out)
@@ -102,6 +106,8 @@ def test_explain_writes_a_sheet_and_maps(image, folder, tmp_path, capsys):
     assert retour("explain", image, *given, "--words", "apple", "--span", "0-0.7", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["nfe"] == 3 and len(printed["outputs"]) == 3
+    assert retour("explain", image, *given, "-o", out) == 0
+    assert "source-0-03-apple.png and 5 more files (" in capsys.readouterr().out
     assert Image.open(out / "source-0-01-apple.png").size == (48, 32)
     assert (out / "maps.safetensors").exists()
 
@@ -118,6 +124,7 @@ def test_explain_reads_inversions(image, folder, tmp_path):
     ("more", "says"),
     [
         (("--words", "banana"), "'banana', which is not in"),
+        (("--words", ""), "no word to show: name one"),
         (("--span", "half"), "span is 'half'"),
         (("--scale", "log"), "unknown scale 'log'"),
         (("--factor", "0"), "factor is 0"),
@@ -128,6 +135,7 @@ def test_explain_reads_inversions(image, folder, tmp_path):
     ],
 )
 def test_bad_arguments_of_explain(more, says, image, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(DiffusersUNet, "network", called_too_early)
     monkeypatch.chdir(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
     given = ("--source", SOURCE, "--model", folder, "--steps", 2)
@@ -243,10 +251,7 @@ def test_bad_arguments(more, says, image, folder, tmp_path, capsys, monkeypatch)
 def test_what_cannot_be_edited_is_refused_before_the_inversion(
     more, says, image, folder, tmp_path, capsys, monkeypatch
 ):
-    def network(*_):
-        raise AssertionError("the inversion has begun")
-
-    monkeypatch.setattr(DiffusersUNet, "network", network)
+    monkeypatch.setattr(DiffusersUNet, "network", called_too_early)
     monkeypatch.chdir(tmp_path)
     Image.new("L", (48, 32)).save("black.png")
     assert edit(image, folder, tmp_path / "out.png", *more) == 2

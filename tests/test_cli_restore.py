@@ -9,6 +9,7 @@ from PIL import Image
 import tiny
 from retour import cli
 from retour.io import read_record
+from retour.models.diffusers_sd3 import DiffusersSD3
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +31,10 @@ def image(tmp_path, gradient):
 
 def retour(*arguments: object) -> int:
     return cli.run([str(a) for a in arguments])
+
+
+def called_too_early(*_):
+    raise AssertionError("the network was called before everything was checked")
 
 
 def restore(image, folder, *more):
@@ -83,6 +88,10 @@ def test_steer_writes_a_picture(tmp_path, folder, capsys):
     assert json.loads(capsys.readouterr().out)["costs"] == pytest.approx(record["costs"])
     assert retour("steer", "--label", "cta", *given) == 2
     assert "did you mean 'cat'" in capsys.readouterr().err
+    assert retour("steer", "--label", "cat", *given, "--inner", 0) == 2
+    _one_sentence(capsys.readouterr().err, "inner is 0: choose a number of at least 1")
+    assert retour("steer", "--label", "cat", *given, "--free", 99) == 2
+    _one_sentence(capsys.readouterr().err, "free is 99, which leaves none of")
 
 
 @pytest.mark.parametrize(
@@ -101,9 +110,15 @@ def test_steer_writes_a_picture(tmp_path, folder, capsys):
         (("--task", "colour", "-R", "kappa=-1"), "kappa is -1"),
         (("--task", "motion", "--project"), "no pseudo-inverse"),
         (("--task", "colour", "--steps", 0), "at least 1"),
+        (("--task", "deblur", "-O", "sigma=nan"), "sigma of a blur must be above 0"),
+        (("--task", "deblur", "-O", "width=100001"), "width is 100001: choose a number from 1"),
+        (("--task", "motion", "-O", "length=100000"), "length is 100000.0: choose a number from 1"),
+        (("--task", "motion", "-O", "angle=nan"), "angle of a motion must be a number"),
+        (("--task", "sr", "--scale", 5, "--model", "emoji-mmdit"), "with scale 5 the"),
     ],
 )
 def test_bad_restorations(more, says, image, folder, monkeypatch, capsys):
+    monkeypatch.setattr(DiffusersSD3, "network", called_too_early)
     monkeypatch.chdir(image.parent)
     assert restore(image, folder, *more) == 2
     _one_sentence(capsys.readouterr().err, says)
@@ -153,10 +168,15 @@ POINTS = ("--from", "12,16", "--to", "36,16")
         ((*POINTS, "--source", " "), "source prompt is empty"),
         ((*POINTS, "-E", "bend=1"), "unknown option of 'lazydrag' 'bend'"),
         ((*POINTS, "--inverter", "uninv"), "did you mean 'uniinv'"),
+        ((*POINTS, "--mask", "black.png"), "black everywhere"),
+        ((*POINTS, "--prompt", ""), "target prompt is empty"),
+        ((*POINTS, "--editor", "p2p"), "'p2p' drags no points: use lazydrag"),
     ],
 )
 def test_bad_drags(more, says, image, folder, monkeypatch, capsys):
+    monkeypatch.setattr(DiffusersSD3, "network", called_too_early)
     monkeypatch.chdir(image.parent)
+    Image.new("L", (48, 32)).save("black.png")
     assert drag(image, folder, *more) == 2
     _one_sentence(capsys.readouterr().err, says)
     assert not (image.parent / "out.png").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy
@@ -11,7 +11,8 @@ from PIL import Image
 
 from . import api
 from ._inputs import listed
-from .core.registry import get
+from .core.registry import entries, get
+from .core.state import Inversion
 from .editors._drags import Drag, Mode, check_inside, parse_drags
 from .errors import RetourError
 from .io import read_image
@@ -70,6 +71,9 @@ def drag(
         raise RetourError(
             f"{len(masks)} masks for {len(rounds)} rounds: give one, or one for each round"
         )
+    takers = [e.name for e in entries("edit") if "drags" in {f.name for f in fields(e.options)}]
+    if get("edit", editor).name not in takers:
+        raise RetourError(f"editor {editor!r} drags no points: use {', '.join(takers)}")
     settings = {"mode": mode, "seed": seed, **options}
     for given in rounds:
         get("edit", editor).make(**settings, drags=given)
@@ -83,13 +87,18 @@ def drag(
     for number, given in enumerate(rounds):
         if number and len(masks) > 1:
             area = masks[number]
+        asked = {"editor": editor, "mask": area, "drags": given, **settings}
+
+        def check(found: Inversion, asked: dict[str, Any] = asked) -> None:
+            api.refuse_edit(found, found.prompts[0] if target is None else target, **asked)
+
         inversion = api.invert(
             model, picture, prompt, method=name, steps=steps, guidance=guidance, seed=seed,
-            **(inverter_options or {}),
+            check=check, **(inverter_options or {}),
         )  # fmt: skip
         prompt = inversion.prompts[0]
         wanted = prompt if target is None else target
-        result = api.edit(inversion, wanted, editor=editor, mask=area, drags=given, **settings)
+        result = api.edit(inversion, wanted, **asked)
         records.append(result.record)
         picture, prompt = result.original_size(), wanted
         if mode == "move" and area is not None and len(masks) == 1:

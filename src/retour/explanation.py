@@ -17,7 +17,7 @@ arXiv 2208.01626.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,12 +82,11 @@ def explain(
         RetourError: for input that cannot be used, before any work.
     """
     window = check_settings(factor=factor, span=span, scale=scale)
-    inversion = _inverted(what, prompt, model, options)
-    live, ledger, store = _attentive(inversion), Ledger(), _SpanStore(window)
-    prompts = {"source": list(inversion.prompts)}
-    if target is not None:
-        prompts["target"] = _targets(target, inversion.images)
-    chosen = _chosen(live, prompts, words)
+    inversion = _inverted(
+        what, prompt, model, options, lambda found: refuse_words(found, target, words)
+    )
+    live, prompts, chosen = _sought(inversion, target, words)
+    ledger, store = Ledger(), _SpanStore(window)
     if pictures is None and what is not inversion:
         pictures = what
     shown = {"source": _drawn_on(pictures, inversion, live)}
@@ -129,9 +128,33 @@ def check_settings(
     return low, high
 
 
-def _inverted(what: Any, prompt: Any, model: Any, options: dict[str, Any]) -> Inversion:
+def refuse_words(
+    inversion: Inversion, target: str | Sequence[str] | None, words: str | Sequence[str] | None
+) -> None:
+    """Refuse prompts and words that `explain` would, on an inversion or the stand-in of one."""
+    _sought(inversion, target, words)
+
+
+def _sought(
+    inversion: Inversion, target: str | Sequence[str] | None, words: str | Sequence[str] | None
+) -> tuple[Model, dict[str, list[str]], dict[tuple[str, int], Chosen]]:
+    """The model, the prompts of each branch, and the words to show."""
+    live = _attentive(inversion)
+    prompts = {"source": list(inversion.prompts)}
+    if target is not None:
+        prompts["target"] = _targets(target, inversion.images)
+    return live, prompts, _chosen(live, prompts, words)
+
+
+def _inverted(
+    what: Any,
+    prompt: Any,
+    model: Any,
+    options: dict[str, Any],
+    check: Callable[[Inversion], None],
+) -> Inversion:
     if not isinstance(what, Inversion):
-        options = {"method": DEFAULT_METHOD, **options}
+        options = {"method": DEFAULT_METHOD, "check": check, **options}
         return api.invert(DEFAULT_MODEL if model is None else model, what, prompt, **options)
     given = {"prompt": prompt, "model": model, **options}
     for name in (n for n, value in given.items() if value is not None):
@@ -193,7 +216,8 @@ def _chosen(
             raise RetourError(f"words names {word!r}, which is not in {said!r}")
     found = {key: some for key, t in tokens.items() if (some := _shown(t, wanted))}
     if not found:
-        raise RetourError("there is no word to show: the prompts are empty")
+        way_out = "name one" if wanted is not None and not wanted else "the prompts are empty"
+        raise RetourError(f"there is no word to show: {way_out}")
     return found
 
 

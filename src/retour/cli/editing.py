@@ -227,7 +227,7 @@ def explain(
     as_json: JsonOpt = False,
 ) -> None:
     """Show where each word of the prompt looks: a sheet, a picture a word, and the maps."""
-    from ..explanation import check_settings
+    from ..explanation import check_settings, refuse_words
     from ..explanation import explain as look
     from ..heat import check_folder
 
@@ -236,6 +236,7 @@ def explain(
     check_settings(**settings)
     inversion = inversion_of(
         image, source, model, device, dtype, invert_options, inverter, usual=TRACK_INVERTER,
+        check=lambda found: refuse_words(found, target, words),
         steps=steps, guidance=guidance, negative=negative, seed=seed,
     )  # fmt: skip
     drawn = None if image.suffix == INVERSION_SUFFIX else image

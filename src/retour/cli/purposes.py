@@ -36,7 +36,9 @@ from .support import check_method, check_source, key_values, load_model, print_r
 
 @app.command()
 def attack(
-    method: Annotated[str, typer.Argument(help="See `retour methods --task attack`.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="See `retour methods --task attack`.")
+    ],
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.", show_default=False)],
     label: Annotated[str, typer.Option("--label", help="What the classifier should say.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The adversarial picture.")],

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ..core.state import Inversion
 
 
+MOST_NAMED = 4
+
+
 def outputs(out: Path, count: int) -> list[Path]:
     """`out` itself, or `out-1`, `out-2`, ... for several targets; all checked before any work."""
     many = [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(count)]
@@ -138,7 +141,9 @@ def print_record(record: dict[str, Any], outs: Sequence[Path], as_json: bool) ->
     if as_json:
         print_json(plain({**record, "outputs": [str(path) for path in outs]}))
         return
-    names = ", ".join(str(path) for path in outs)
+    names = ", ".join(str(path) for path in outs[:MOST_NAMED])
+    if len(outs) > MOST_NAMED:
+        names += f" and {len(outs) - MOST_NAMED} more files"
     typer.echo(
         f"wrote {names} ({record['nfe']:.0f} network evaluations, {record['seconds']:.1f} s)"
     )

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.registry import parse_fields
-from ..errors import RetourError, unknown
+from ..errors import RetourError, check_range, unknown
 from ._matrices import (
     Boundary,
     average_matrix,
@@ -292,10 +292,15 @@ class GaussianBlur(Separable):
     boundary: Boundary = "reflect"
 
     def __post_init__(self) -> None:
-        if self.sigma <= 0:
+        if not 0 < self.sigma < math.inf:
             raise RetourError(f"sigma of a blur must be above 0, got {self.sigma}")
         if self.width < 1 or self.width % 2 == 0:
             raise RetourError(f"width of a kernel must be odd and at least 1, got {self.width}")
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Refuse a kernel that no picture of this size shows."""
+        super().check(size)
+        check_range("width", self.width, 1, 2 * max(size) + 1)
 
     def matrix(self, length: int) -> Tensor:
         """Banded Gaussian weights."""
@@ -353,8 +358,15 @@ class MotionBlur(Convolution):
     boundary: Boundary = "reflect"
 
     def __post_init__(self) -> None:
-        if self.length < 1:
+        if not 1 <= self.length < math.inf:
             raise RetourError(f"length of a motion must be at least 1 pixel, got {self.length}")
+        if not math.isfinite(self.angle):
+            raise RetourError(f"angle of a motion must be a number of degrees, got {self.angle}")
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Refuse a track that no picture of this size shows."""
+        super().check(size)
+        check_range("length", self.length, 1, 2 * max(size))
 
     @property
     def kernel(self) -> Tensor:

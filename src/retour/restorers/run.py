@@ -30,6 +30,7 @@ from ..pictures import Pictures
 from ..privacy.classifiers import ClassifierLike, load_classifier
 from ..record import describe_run
 from .base import RestoreJob
+from .flowchef import check_steering
 from .operators import Inpaint, Operator, operator_class
 from .steering import Classified, Cost, Steer
 
@@ -96,6 +97,8 @@ def restore(
 
     Raises:
         RetourError: for input that cannot be used, before any work.
+
+    Reference: that of the restorer, see :func:`retour.cite`.
     """
     model, entry = api.as_model(model), get("restore", method)
     restorer = entry.make(**options)
@@ -186,9 +189,17 @@ def steer(
         negative: negative prompt.
         seed: seed of the noise; every picture has its own.
         observers: callables that see each step.
+
+    Returns:
+        One picture for each prompt; the record has their `costs`.
+
+    Raises:
+        RetourError: for input that cannot be used, before any work.
+
+    Reference: Patel et al. 2024, arXiv 2412.00100.
     """
     model = api.as_model(model)
-    check_range("kappa", kappa, 0)
+    check_steering(kappa, inner, free)
     wanted, judged = _wanted(model, cost, classifier, label)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     size = (model.native, model.native) if size is None else size
@@ -199,6 +210,8 @@ def steer(
     noise = torch.randn(len(prompts), *shape, generator=generator, dtype=torch.float64)
     noise = noise.to(model.device)
     grid = model.grid(model.default_steps if steps is None else steps, size=size)
+    if free >= grid.steps:
+        raise RetourError(f"free is {free}, which leaves none of {grid.steps} steps to steer")
     _, sigma = levels(model.path, grid.times[-1], noise)
     ledger = Ledger()
     branch = Branch("target", condition, plain, scale)
@@ -287,12 +300,24 @@ def _observe(
     multiple = math.lcm(model.multiple, scale)
     canvases = {canvas_size(size, max(model.native, multiple), multiple) for size in large}
     canvas = one_canvas(canvases, "restore")
+    if scale > 1:
+        _check_large(model, scale, canvas)
     chosen = _operator(operator, mask, canvas)
     small = (canvas[0] // scale, canvas[1] // scale)
     fitted = [p if p.size == small else p.resize(small, Image.Resampling.LANCZOS) for p in pictures]
     pixels = torch.stack([to_tensor(p) for p in fitted]).to(model.device, torch.float64)
     placements = [Placement.plan(size, canvas) for size in large]
     return chosen, chosen.observe(pixels), placements
+
+
+def _check_large(model: Model, scale: int, canvas: tuple[int, int]) -> None:
+    try:
+        model.latent_shape(canvas[1], canvas[0])
+    except RetourError as error:
+        raise RetourError(
+            f"with scale {scale} the picture would come back at {canvas[0]} x {canvas[1]} or more, "
+            f"but {str(error).partition(',')[0]}: choose a scale that divides {model.native}"
+        ) from None
 
 
 def _operator(operator: Operator | str, mask: Any, canvas: tuple[int, int] | None) -> Operator:
