@@ -159,7 +159,11 @@ def test_methods_is_a_table_and_a_list(capsys):
     assert "edict" in [m["name"] for m in listed] and all(m["exact"] for m in listed)
     assert {"name", "task", "title", "arxiv", "exact", "order", "nfe"} <= set(listed[0])
     assert retour("methods") == 0
-    assert "p2p" in capsys.readouterr().out
+    said = capsys.readouterr()
+    proximal = next(line for line in said.out.splitlines() if line.startswith("edit     proximal"))
+    assert "negative-prompt" in proximal and "NFE: network evaluations" in said.err
+    assert retour("methods", "--needs", "wings") == 0
+    assert "no method is like that" in capsys.readouterr().err
 
 
 def test_cite(capsys):
@@ -167,6 +171,8 @@ def test_cite(capsys):
     assert "2310.01506" in capsys.readouterr().out
     assert retour("cite", "p2pp") == 2
     _one_sentence(capsys.readouterr().err, "unknown method 'p2pp': did you mean 'p2p'?")
+    assert retour("cite", "P2P") == 2
+    _one_sentence(capsys.readouterr().err, "unknown method 'P2P': did you mean 'p2p'")
 
 
 def _no_file(tmp_path):

@@ -68,7 +68,8 @@ def test_options_reach_their_methods(folder, tmp_path, capsys):
         (("--steps", "ten"), "whole numbers with commas between, got 'ten'"),
         (("--metrics", "beauty"), "unknown metric 'beauty'"),
         (("--convention", "mine"), "mine"),
-        (("--backbone", "ear=x"), "unknown option of '--backbone' 'ear'"),
+        (("--backbone", "ear=x"), "unknown option of '--backbone' 'ear': Choices: clip, lpips,"),
+        (("--cache-size", "nan"), "cache-size is nan: choose a number from 0"),
         (("--suite", "nowhere"), "no mapping_file.json"),
         (("--editors", "p2q"), "unknown editor 'p2q'"),
         (("--pairs", "ddim+infedit"), "the pair 'ddim+infedit' cannot run"),
@@ -82,6 +83,7 @@ def test_bad_input_ends_with_one_sentence_and_2(folder, tmp_path, capsys, more, 
     assert retour(*given, *more) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("retour: ") and message in said[-1]
+    assert not any("Loading weights" in line for line in said)
     assert not (tmp_path / "out").exists()
 
 

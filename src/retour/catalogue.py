@@ -19,6 +19,21 @@ Every registered method, as `retour methods --markdown` prints it. N is the numb
 evaluations are network rows per image. *exact*: the round trip is exact up to rounding (or to the
 tolerance that the method takes); *order*: of convergence in the step size; *needs*: what a model
 must offer. The tests assert what is declared here.
+
+| to | take |
+| --- | --- |
+| change a colour, a material or a thing, and keep the layout | `p2p`, the default |
+| change a pose or a place, and keep the looks | `masactrl` |
+| edit without an inversion | `infedit`; on a flow model also `flowedit` |
+| add or remove several concepts | `ledits` |
+| change only what you paint | any editor with a mask, or `mask-blend` |
+| have variations | `retour vary`, which is `rival` |
+| move or stretch | `retour drag`, which is `lazydrag` |
+| get the same picture back to rounding | an inverter that is *exact*, such as `edict` |
+| have something to compare with | `reprompt` from `ddim` |
+
+An editor takes the inverter that it *goes with* unless you name another. *Solvers* are what
+inverters walk with; nothing on the command line asks for one.
 """
 
 

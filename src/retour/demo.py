@@ -104,7 +104,9 @@ def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RetourError(f"cannot make the folder '{out}' ({error.strerror})") from None
+        raise RetourError(
+            f"cannot make the folder '{out}' ({error.strerror}): choose another"
+        ) from None
 
 
 def make(edits: Sequence[Edit], pictures: dict[str, tuple[Image.Image, str]]) -> Iterator[Done]:

@@ -25,7 +25,8 @@ def unknown(kind: str, name: object, choices: Iterable[str], known_as: str = "")
     Returns the error, so that the caller's `raise` shows where the flow ends.
     """
     known = sorted(choices)
-    near = difflib.get_close_matches(str(name), known, n=3)
+    plain = {choice.lower(): choice for choice in known}
+    near = [plain[n] for n in difflib.get_close_matches(str(name).lower(), plain, n=3)]
     guess = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     if known_as:
         guess = f"it is {known_as}. "

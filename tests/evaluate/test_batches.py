@@ -157,6 +157,24 @@ def test_bad_lines_are_refused_by_number_before_any_work(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no file '.*list.csv': name the list of jobs"),
+        ("image;target\nred.png;a cat\n", "names no column image and target: .* commas between"),
+        ("image,image,target\nred.png,b.png,a cat\n", "names image twice"),
+        ("image,target\ngone.png,a cat\nred.png,\n", r"check the path; line 3: it has no target$"),
+    ],
+)
+def test_lists_with_a_wrong_head_are_refused(folder, tmp_path, model, text, message):
+    listed = tmp_path / "list.csv"
+    if text is not None:
+        listed.write_text(text)
+    with pytest.raises(RetourError, match=message):
+        run(folder, listed, tmp_path / "out", model)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_link_out_of_the_folder_is_not_followed(folder, jobs, tmp_path, model):
     Image.new("RGB", (16, 16)).save(tmp_path / "secret.png")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..errors import RetourError
+from ..errors import RetourError, check_range
 from ..io import plain
 from .application import app
 from .arguments import (
@@ -30,6 +30,7 @@ from .arguments import (
 from .support import key_values, print_json, say
 
 CLUSTER, LOCAL = "--cluster", "local"
+MOST_GIB = 2**30
 
 
 class ClusterCommand(TyperCommand):
@@ -160,7 +161,7 @@ def bench(
         dtype=dtype,
         threads=threads,
         cache=cache,
-        cache_limit=int(cache_size * 2**30),
+        cache_limit=_bytes(cache_size),
         cluster=cluster,
         workers=workers,
         command=command_line(context),
@@ -222,7 +223,7 @@ def batch(
         device=device,
         dtype=dtype,
         threads=threads,
-        cache_limit=int(cache_size * 2**30),
+        cache_limit=_bytes(cache_size),
         cluster=cluster,
         workers=workers,
         command=command_line(context),
@@ -231,8 +232,9 @@ def batch(
         print_json(plain(result.rows))
         return
     cost = sum(row["nfe"] for row in result.rows)
+    count = len(result.rows)
     typer.echo(
-        f"wrote {len(result.rows)} pictures to {out} ({cost:.0f} network evaluations): "
+        f"wrote {count} picture{'s' * (count > 1)} to {out} ({cost:.0f} network evaluations): "
         "results.parquet, results.jsonl, images"
     )
 
@@ -242,6 +244,11 @@ def command_line(context: typer.Context) -> str:
     import shlex
 
     return shlex.join(["retour", *context.find_root().obj])
+
+
+def _bytes(gibibytes: float) -> int:
+    check_range("cache-size", gibibytes, 0, MOST_GIB)
+    return int(gibibytes * 2**30)
 
 
 def _numbers(text: str) -> list[int]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 from .application import app
 from .arguments import JsonOpt, TaskOpt
-from .support import print_json, print_record, print_table
+from .support import print_json, print_record, print_table, say
 
 
 @app.command()
@@ -38,13 +38,22 @@ def methods(
 
         typer.echo(page(found), nl=False)
     else:
-        print_table(("task", "name", "order", "exact", "NFE", "what it does"), map(_row, found))
+        head = ("task", "name", "goes with", "order", "exact", "NFE", "what it does")
+        print_table(head, map(_row, found))
+        say(LEGEND if found else "no method is like that: ask for less")
+
+
+LEGEND = """
+N: steps. NFE: network evaluations an image. exact: what is inverted returns exactly.
+Not sure? `retour edit` takes p2p and the inverter that it goes with.
+`retour methods --markdown` begins with what to take for what, and says what a model must offer."""
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
+    mate = entry.mate if entry.task == "edit" else ""
     order = "" if entry.order is None else str(entry.order)
     exact = "yes" if entry.exact else ""
-    return entry.task, entry.name, order, exact, entry.nfe, entry.summary
+    return entry.task, entry.name, mate, order, exact, entry.nfe, entry.summary
 
 
 @app.command()
@@ -61,7 +70,7 @@ def models(as_json: JsonOpt = False) -> None:
 
 
 @app.command()
-def cite(name: Annotated[str, typer.Argument(help="Name of a method.")]) -> None:
+def cite(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a method.")]) -> None:
     """Print the BibTeX of a method."""
     from ..api import cite as bibtex
 

@@ -208,7 +208,7 @@ def build_options(entry: Entry, given: Mapping[str, Any]) -> Any:
 def parse_fields(name: str, cls: type, given: Mapping[str, Any]) -> Any:
     """Make a dataclass called `name` from plain values; strings are parsed by declared type."""
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    names = [f.name for f in dataclasses.fields(cls) if not f.name.startswith("_")]
     for field_ in given:
         if field_ not in names:
             raise unknown(f"option of {name!r}", field_, names)

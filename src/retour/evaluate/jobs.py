@@ -98,7 +98,7 @@ def read_jobs(
             given = {"inverter": inverter, "editor": editor, **usual, **_known(values)}
             specs.append(_spec(number, line, given, folder, model))
         except RetourError as error:
-            bad.append(f"line {line}: {error}")
+            bad.append(f"line {line}: {str(error).rstrip('.')}")
     if bad:
         more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise RetourError(
@@ -115,6 +115,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RetourError]]:
     """(line number, values by column) of every job; an error for a line that cannot be read."""
     if path.suffix.lower() not in SUFFIXES:
         raise RetourError(f"'{path}' is no list of jobs: name a .csv or .jsonl file")
+    if not path.is_file():
+        raise RetourError(f"there is no file '{path}': name the list of jobs")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -125,12 +127,16 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RetourError]]:
 def _csv_lines(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RetourError]]:
     reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
     try:
-        missing = {"image", "target"} - {(name or "").strip() for name in reader.fieldnames or ()}
+        names = [(name or "").strip() for name in reader.fieldnames or ()]
+        missing = {"image", "target"} - set(names)
         if missing:
             raise RetourError(
                 f"the first line of '{path}' names no column {' and '.join(sorted(missing))}: "
-                f"begin with names among {', '.join(COLUMNS)}"
+                f"begin with names among {', '.join(COLUMNS)}, with commas between"
             )
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise RetourError(f"the first line of '{path}' names {' and '.join(twice)} twice")
         for row in reader:
             if None in row:
                 wide = RetourError("it has more values than columns: quote text with commas")

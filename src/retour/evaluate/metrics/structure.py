@@ -74,7 +74,7 @@ class EmojiClip:
             raise RetourError(f"there is no CLIP in '{self.folder}': give a CLIPModel's folder")
         from transformers import CLIPModel
 
-        model = CLIPModel.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32)
+        model = pretrained(CLIPModel.from_pretrained, self.folder, "a CLIP", dtype=torch.float32)
         return model.vision_model.eval()
 
     @torch.no_grad()
