@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from retour import api, cli
+from retour import _inputs, cli
 from retour.core import registry
 from retour.models import load as loading
 
@@ -106,7 +106,7 @@ def place(tmp_path, monkeypatch):
         shutil.copytree(EXAMPLES, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     loaded = load_once(loading.load)
-    for module in (loading, api):
+    for module in (loading, _inputs):
         monkeypatch.setattr(module, "load", loaded)
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
