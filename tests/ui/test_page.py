@@ -215,6 +215,28 @@ def test_a_drawing_belongs_to_its_picture(visit):
     assert asked(page)["points"] == [] and page.locator("[data-clear]").is_hidden()
 
 
+def drop(page, script):
+    """Drop something on the page; whether the page took it, so that the browser does not."""
+    event = "new DragEvent('drop', { dataTransfer: given, bubbles: true, cancelable: true })"
+    return page.evaluate(
+        f"() => {{ const given = new DataTransfer(); {script}; "
+        f"return !document.querySelector('#u-source').dispatchEvent({event}); }}"
+    )
+
+
+def test_what_is_dropped_is_taken_or_refused_but_never_gone_to(visit):
+    page = visit()
+    assert drop(page, "given.setData('text/uri-list', 'https://example.com/a.png')")
+    page.wait_for_selector("#u-note >> text=save the picture, then drop its file")
+    assert not drop(page, "given.setData('text/plain', 'some words')")
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "teal").save(buffer, "PNG")
+    bytes_ = list(buffer.getvalue())
+    assert drop(page, f"given.items.add(new File([new Uint8Array({bytes_})], 'teal.png'))")
+    page.wait_for_selector("#u-source img[alt='teal.png']")
+    page.wait_for_selector("#u-note .r-notice", state="detached")
+
+
 @pytest.mark.parametrize("width", [1440, 700, 390])
 @pytest.mark.parametrize("size", [(60, 240), (240, 60), (64, 64)])
 def test_no_picture_is_stretched(visit, size, width):

@@ -31,6 +31,7 @@
       const data = String(reader.result).includes(",") ? reader.result : "data:,";
       send("u-take", JSON.stringify({ name: file.name, data }));
     };
+    reader.onerror = () => send("u-refuse", `'${file.name}' cannot be read: choose a picture file.`);
     reader.readAsDataURL(file);
   }
 
@@ -45,9 +46,15 @@
   });
   for (const kind of ["dragover", "drop"]) {
     document.addEventListener(kind, (event) => {
-      if (![...event.dataTransfer.types].includes("Files")) return;
+      const brought = (type) => [...event.dataTransfer.types].includes(type);
+      // The browser would leave the page for an address, or for a file, that is dropped on it.
+      const address = brought("text/uri-list") && !event.target.closest?.("input, textarea");
+      if (!brought("Files") && !address) return;
       event.preventDefault();
-      if (kind === "drop") take(event.dataTransfer.files[0]);
+      if (kind !== "drop") return;
+      const file = event.dataTransfer.files[0];
+      if (file) take(file);
+      else send("u-refuse", "That is an address: save the picture, then drop its file.");
     });
   }
 
