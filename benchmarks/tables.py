@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from retour.io import atomic_write, save_json
@@ -45,7 +46,9 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.-])")
 # A measured value: a decimal number with nothing but its interval, a star or a unit behind it.
 FIGURE = re.compile(r"^-?\d*\.\d+(?:e-?\d+)?\*?(?: \[.*\])?(?: %)?$")
 GAP = " - "
-Key = tuple[str, int]
+Key = tuple[tuple[str, ...], int]
+# A cell that names its row: no number, and nothing that stands in a number's place.
+NAME = re.compile(r"(?!(?:inf|nan|-|-?[\d.].*)$).+")
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,13 @@ class Table:
         return any(FIGURE.match(cell) for row in self.rows for cell in row[1:])
 
     def keyed(self) -> dict[Key, tuple[str, ...]]:
-        """Rows by their first cell and how often it stood above already."""
-        seen: Counter[str] = Counter()
+        """Rows by the names that they begin with, and how often these stood above already."""
+        seen: Counter[tuple[str, ...]] = Counter()
         rows = {}
         for row in self.rows:
-            rows[row[0], seen[row[0]]] = row
-            seen[row[0]] += 1
+            names = tuple(takewhile(NAME.fullmatch, row))
+            rows[names, seen[names]] = row
+            seen[names] += 1
         return rows
 
     def __str__(self) -> str:
@@ -206,9 +210,9 @@ def _within(few: Sequence[str], many: Sequence[str]) -> bool:
 def _row(key: Key, rows: Mapping[Key, tuple[str, ...]]) -> tuple[str, ...] | None:
     if key in rows:
         return rows[key]
-    label, time = key
+    (label, *names), time = key
     first, gap, second = label.partition(GAP)
-    turned = rows.get((f"{second}{GAP}{first}", time)) if gap else None
+    turned = rows.get(((f"{second}{GAP}{first}", *names), time)) if gap else None
     return None if turned is None else (label, *map(_negated, turned[1:]))
 
 
@@ -231,7 +235,8 @@ def differing(old: Table, new: Table) -> list[str]:
             known = key in before and head in heads
             was = before[key][heads[head]] if known else None
             if was != cell:
-                found.append(f"{row[0]}, {head}: {'none' if was is None else was} -> {cell}")
+                where = ", ".join([*key[0], head])
+                found.append(f"{where}: {'none' if was is None else was} -> {cell}")
     return found
 
 

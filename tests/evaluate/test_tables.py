@@ -204,6 +204,17 @@ def test_rows_of_one_name_are_told_apart_by_their_order(tables):
     assert tables.rebuilt(few, [old]).rows == (("euler", "0.5"), ("euler", "0.3"))
 
 
+def test_rows_of_several_names_are_told_apart_by_all_of_them(tables):
+    """Restoration has a row for each task and method, of which the docs may show some."""
+    rows = (("sr", "none", "inf", "24.1"), ("sr", "ours", "2.0", "26.2"), ("blur", "ours", "-", ""))
+    wide = tables.Table(("task", "method", "x", "PSNR"), rows)
+    few = tables.Table(("task", "method", "PSNR"), (("blur", "ours", ""), ("sr", "ours", "25.0")))
+    found = tables.rebuilt(few, [wide])
+    assert found.rows == (("blur", "ours", ""), ("sr", "ours", "26.2"))
+    assert tables.differing(few, found) == ["sr, ours, PSNR: 25.0 -> 26.2"]
+    assert tables.rebuilt(tables.Table(few.heads, (("sr", "theirs", ""),)), [wide]) is None
+
+
 def test_the_scripts_print_the_heads_of_their_tables_in_the_docs(tables):
     """What `retour bench` prints is tested with it; here the scripts with tables of their own."""
     found = {job.name: job for job in tables.jobs(DOCS)}
