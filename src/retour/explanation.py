@@ -31,13 +31,13 @@ from .core.branches import Branch, Denoiser
 from .core.control import Attending
 from .core.loop import walk
 from .core.model import Ledger, Model, Tokens
-from .core.registry import get
 from .core.state import Inversion
 from .editors._schedules import parse_range
 from .editors._track import watch_source
 from .editors.align import positions
 from .errors import RetourError, check_range, unknown
 from .heat import SCALES, Explanation, Panel, Scale
+from .inverters.base import way_back
 from .io import read_image
 from .pictures import placements_in
 from .record import describe_run
@@ -254,7 +254,7 @@ def _return_to(
     model: Model, inversion: Inversion, targets: list[str], store: AttentionStore, ledger: Ledger
 ) -> list[Image.Image]:
     """Come back with the target prompts, watched; return what they make."""
-    replay = get("invert", inversion.method).make(**inversion.options).replay(inversion)
+    replay = way_back(inversion)
     wanted = model.embed(targets, size=inversion.size)
     branches = [Branch("target", wanted, inversion.negative, inversion.guidance)]
     if replay.source_branch:

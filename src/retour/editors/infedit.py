@@ -54,12 +54,12 @@ from ..core.registry import register
 from ..core.state import State
 from ..errors import RetourError, check_range
 from ..inverters.virtual import INFEDIT_PAPER
+from ._schedules import OFF
 from ._unified import CrossControl, SelfControl, similar
 from .align import Alignment, differing, positions
 from .base import EditJob, Editor
 from .blend import mask_factor, normalised
 
-OFF = (None, "", "none", "off")
 HEAT = 0.15
 SUFFIX = "-layout"
 

@@ -72,12 +72,12 @@ from ..core.model import AttentionSite, Model
 from ..core.registry import Paper, register
 from ..errors import RetourError, check_range
 from ._inject import borrowed, embed, lenders
+from ._schedules import OFF
 from .align import positions
 from .base import EditJob, Editor
 from .blend import mask_factor
 
 Key = tuple[str, int]
-OFF = (None, "", "none", "off")
 GIVEN = "given"
 
 

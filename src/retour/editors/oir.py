@@ -47,10 +47,10 @@ from torch import Tensor
 
 from ..core.branches import Denoiser
 from ..core.control import Control
-from ..core.registry import Paper, get, register
+from ..core.registry import Paper, register
 from ..core.state import Inversion, State
 from ..errors import RetourError, check_range
-from ..inverters.base import Replay
+from ..inverters.base import Replay, way_back
 from ._oir_candidates import join
 from ._oir_clip import MaskedCLIP, Scorer, embedded
 from ._oir_masks import resized, with_masks
@@ -271,7 +271,7 @@ def _way(job: EditJob, denoiser: Denoiser, name: str, image: int) -> Way:
     """The way back of one image, guided as that branch is."""
     [branch] = [b for b in denoiser.branches if b.name == name]
     inversion = job.inversion.take([image])
-    replay = get("invert", inversion.method).make(**inversion.options).replay(inversion)
+    replay = way_back(inversion)
     rule, ledger = denoiser.guidance, denoiser.ledger
     return Way(job.model, inversion, replay, branch.scale, rule, ledger)
 

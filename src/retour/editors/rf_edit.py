@@ -51,10 +51,11 @@ from ..core.control import Control
 from ..core.grid import Step, part_of
 from ..core.model import AttentionSite, Ledger, Model
 from ..core.path import Path, Prediction
-from ..core.registry import get, register
+from ..core.registry import register
 from ..core.solver import Solver
 from ..core.state import Inversion
 from ..errors import check_range
+from ..inverters.base import way_back
 from ..solvers._flow import clock
 from ..solvers.runge_kutta import RF_SOLVER_PAPER
 from .base import EditJob, Editor
@@ -209,11 +210,7 @@ class Sharing(Control):
     @cached_property
     def solver(self) -> Solver:
         """The inverter's own."""
-        inversion = self.job.inversion
-        solver: Solver = (
-            get("invert", inversion.method).make(**inversion.options).replay(inversion).solver
-        )
-        return solver
+        return way_back(self.job.inversion).solver
 
     def attention(self) -> Sequence[AttentionControl]:
         """What gives, if anything is given at all."""

@@ -16,6 +16,7 @@ from ..core.guidance import Guidance
 from ..core.loop import Event, walk
 from ..core.model import Condition, Ledger, Model
 from ..core.path import Prediction
+from ..core.registry import get
 from ..core.solver import Solver
 from ..core.state import Inversion, State, stack
 
@@ -185,6 +186,12 @@ class Inverter(Protocol):
 
     def replay(self, inversion: Inversion) -> Replay:
         """How generation returns from that inversion."""
+
+
+def way_back(inversion: Inversion) -> Replay:
+    """How generation returns from an inversion, by the method that made it, with its options."""
+    method: Inverter = get("invert", inversion.method).make(**inversion.options)
+    return method.replay(inversion)
 
 
 @dataclass(frozen=True)

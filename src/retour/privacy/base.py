@@ -22,8 +22,8 @@ from torch import Tensor
 from ..core.branches import Branch, Denoiser
 from ..core.loop import walk
 from ..core.model import Ledger, Model
-from ..core.registry import get
 from ..core.state import Inversion, State
+from ..inverters.base import way_back
 from .classifiers import Classifier
 
 STEEPNESS = 1e3
@@ -43,8 +43,7 @@ class WayBack:
 
     def __init__(self, inversion: Inversion, ledger: Ledger | None = None):
         self.inversion, self.model = inversion, inversion.attached()
-        method = get("invert", inversion.method).make(**inversion.options)
-        self.replay = method.replay(inversion)
+        self.replay = way_back(inversion)
         # "target", since a method's correction of its source branch would undo every change.
         names = ["source", "target"] if self.replay.source_branch else ["target"]
         self.denoiser = Denoiser(
