@@ -232,6 +232,15 @@ def test_mask_keeps_the_background_of_the_latents():
     assert (result.latents - inversion.latents)[..., 4:].abs().max() > 1e-2
 
 
+def test_masks_may_be_truth_values():
+    inversion, area = invert(), np.zeros((16, 16), bool)
+    area[4:12, 4:12] = True
+    made = [
+        retour.edit(inversion, TARGET, mask=mask).latents for mask in (area, area.astype(float))
+    ]
+    assert torch.equal(*made)
+
+
 def test_each_image_may_have_its_own_mask():
     left, right = np.zeros((16, 16)), np.zeros((16, 16))
     left[:, :8], right[:, 8:] = 1, 1
@@ -275,6 +284,12 @@ def test_record_and_citation():
         (lambda: retour.invert(model(), [], SOURCE), "no image"),
         (lambda: retour.invert(model(), picture(), [SOURCE, SOURCE]), "2 prompts for 1 images"),
         (lambda: retour.edit(invert(), [1]), "target must be a prompt"),
+        (lambda: retour.edit(invert(), None), "target must be a prompt or a list of prompts"),
+        (lambda: retour.edit(invert(), []), "there is no target"),
+        (lambda: retour.invert(model(), picture(), 3), "prompt must be a prompt or a list"),
+        (lambda: retour.edit("a.safetensors", TARGET), "begins with an inversion, .* not with str"),
+        (lambda: retour.reconstruct(model()), "not with DiffusersUNet"),
+        (lambda: invert(seed=2.0), "seed is 2.0: choose a whole number"),
         (lambda: retour.edit(invert(), TARGET, editor="p2pp"), "did you mean 'p2p'"),
         (lambda: retour.edit(invert(), TARGET, mask=np.zeros((16, 16))), "black everywhere"),
         (lambda: retour.edit(invert(), TARGET, editor="mask-blend"), "needs one"),

@@ -70,6 +70,8 @@ def test_options_reach_their_methods(folder, tmp_path, capsys):
         (("--convention", "mine"), "mine"),
         (("--backbone", "ear=x"), "unknown option of '--backbone' 'ear': Choices: clip, lpips,"),
         (("--cache-size", "nan"), "cache-size is nan: choose a number from 0"),
+        (("--threads", "0"), "threads is 0: choose a number from 1"),
+        (("--seed", "1" + "0" * 30), "choose a whole number below 2^63"),
         (("--suite", "nowhere"), "no mapping_file.json"),
         (("--editors", "p2q"), "unknown editor 'p2q'"),
         (("--pairs", "ddim+infedit"), "the pair 'ddim+infedit' cannot run"),

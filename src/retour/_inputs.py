@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -28,6 +28,16 @@ def as_model(model: ModelLike) -> Model:
     return model if isinstance(model, Model) else load(model)
 
 
+def model_of(inversion: Any) -> Model:
+    """The live model of an inversion; what is none is refused, as a path or a model is."""
+    if not isinstance(inversion, Inversion):
+        raise RetourError(
+            "the way back begins with an inversion, from retour.invert or Inversion.load, "
+            f"not with {type(inversion).__name__}"
+        )
+    return inversion.attached()
+
+
 def listed(given: Any) -> list[Any]:
     """Several of something as a list, one alone as a list of one."""
     return list(given) if isinstance(given, (list, tuple)) else [given]
@@ -49,7 +59,17 @@ def one_each(what: str, given: Any, images: int) -> list[Any]:
 
 def prompts_of(prompt: str | Sequence[str], images: int) -> tuple[str, ...]:
     """A prompt for each image: one for all, or one each."""
-    return tuple(one_each("prompts", prompt if isinstance(prompt, str) else list(prompt), images))
+    return tuple(one_each("prompts", _texts("prompt", prompt), images))
+
+
+def _texts(what: str, given: Any) -> str | list[str]:
+    """A text, or several as a list; anything else is refused."""
+    if isinstance(given, str):
+        return given
+    texts = [*given] if isinstance(given, Iterable) else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise RetourError(f"{what} must be a prompt or a list of prompts, got {given!r}")
+    return texts
 
 
 def prompts_or_proposed(
@@ -106,9 +126,10 @@ def targets_of(target: str | Sequence[str], images: int) -> dict[str, tuple[str,
         target: one prompt for all images; or one each; or several for a single image.
         images: number of images.
     """
-    given = [target] if isinstance(target, str) else list(target)
-    if not given or not all(isinstance(t, str) for t in given):
-        raise RetourError(f"target must be a prompt or a list of prompts, got {target!r}")
+    texts = _texts("target", target)
+    given = [texts] if isinstance(texts, str) else texts
+    if not given:
+        raise RetourError("there is no target: give a prompt or a list of prompts")
     if not all(t.strip() for t in given):
         raise RetourError(f"a target prompt is empty: say what the edit shall show, got {given!r}")
     if images == 1 and len(given) > 1:

@@ -20,6 +20,7 @@ from ._inputs import (
     fit_all,
     guidance_of,
     masks_of,
+    model_of,
     prompts_or_proposed,
     targets_of,
 )
@@ -34,7 +35,7 @@ from .core.state import Inversion
 from .editors.base import EditJob, Editor, Start
 from .editors.blend import MaskBlend
 from .errors import check_finite, check_seed, unknown
-from .inverters.base import Job, Replay
+from .inverters.base import Job, Replay, way_back
 from .io import Clip, Placement, to_clip, to_image, to_tensor
 from .pictures import Pictures, placements_in
 from .record import describe_run
@@ -79,12 +80,35 @@ class Result(Pictures):
 
 
 def methods(task: str | None = None, **facts: Any) -> list[Entry]:
-    """All methods whose declared facts match, e.g. `methods(task="invert", exact=True)`."""
+    """All methods whose declared facts match, e.g. `methods(task="invert", exact=True)`.
+
+    Args:
+        task: `solver`, `invert`, `edit`, `attack` or `restore`; None: of all tasks.
+        facts: fields of an entry, and what they shall be; `needs`, `requires` and `provides` match
+            where they contain the given text.
+
+    Returns:
+        The entries, sorted by task and name.
+
+    Raises:
+        RetourError: there is no such task or fact.
+    """
     return entries(task, **facts)
 
 
 def cite(what: Pictures | Inversion | Entry | str) -> str:
-    """BibTeX of everything that made a result, or of a method by name."""
+    """BibTeX of everything that made a result, or of a method by name.
+
+    Args:
+        what: a result or another run's pictures, an inversion, a method, or its name, of whatever
+            task.
+
+    Returns:
+        Entries with an empty line between, each paper once.
+
+    Raises:
+        RetourError: there is no such method.
+    """
     found = [what] if isinstance(what, Entry) else _methods_of(what)
     keys = {e.paper: f"{e.name.replace('-', '')}{e.paper.year}" for e in found}
     return "\n\n".join(paper.bibtex(key) for paper, key in keys.items())
@@ -225,8 +249,14 @@ def reconstruct(inversion: Inversion, *, guidance: float | None = None) -> Resul
     Args:
         inversion: from :func:`invert`, with its model attached.
         guidance: guidance scale; None takes the one it was made for.
+
+    Returns:
+        A picture for each image of the inversion, at the model's size, with its record.
+
+    Raises:
+        RetourError: the inversion has no model, or the guidance is none.
     """
-    model = inversion.attached()
+    model = model_of(inversion)
     scale = inversion.guidance if guidance is None else guidance_of(model, guidance)
     replay = _replay(inversion, model)
     denoiser = Denoiser(model, [_branch("source", inversion.condition, inversion, scale)])
@@ -261,10 +291,14 @@ def edit(
         observers: callables that see each step (previews, monitors).
         options: options of the editor.
 
+    Returns:
+        One picture for each image, or for each target of a single image, at the model's size; the
+        record counts the inversion, too. Whom to cite: :func:`cite` of it.
+
     Raises:
         RetourError: for input that cannot be used, before any work.
     """
-    model = inversion.attached()
+    model = model_of(inversion)
     plan = _editor(inversion, editor, options)
     replay = plan.replay(_replay(inversion, model))
     scale = inversion.guidance if guidance is None else guidance_of(model, guidance)
@@ -371,7 +405,7 @@ def _edit_denoiser(
 
 def _replay(inversion: Inversion, model: Model) -> Replay:
     """How to come back, its state where the model is."""
-    replay: Replay = get("invert", inversion.method).make(**inversion.options).replay(inversion)
+    replay = way_back(inversion)
     return replace(replay, state=replay.state.map(lambda v: v.to(model.device)))
 
 

@@ -211,6 +211,10 @@ def test_steering_many_prompts_gives_each_its_own_noise():
         (lambda: steer(exact()), "a cost, or a classifier and the label"),
         (lambda: steer(exact(), classifier="emoji-cnn"), "a cost, or a classifier and the label"),
         (lambda: steer(exact(), classifier="emoji-cnn", label="cta"), "did you mean 'cat'"),
+        (lambda: steer(exact(), lambda x: x), "a cost gives a number for each of 1 pictures, not"),
+        (lambda: steer(exact(), lambda x: 3.0), "for each of 1 pictures, not float"),
+        (lambda: steer(exact(), 3), "a cost is a function of pictures, not int"),
+        (lambda: steer(exact(), lambda x: x.mean((1, 2, 3)), inner=0), "inner is 0"),
     ],
 )
 def test_bad_input_is_one_sentence(call, says):

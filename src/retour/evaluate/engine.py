@@ -22,6 +22,8 @@ from .plan import Task
 from .scores import Meter
 from .work import Piece, Worker
 
+MAX_THREADS = 1024
+
 Rows = list[dict[str, Any]]
 
 
@@ -149,7 +151,7 @@ def progress(total: int, begun: int) -> Iterator[Callable[[str, int], None]]:
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Compute with so many threads: their number can decide the last bits."""
-    check_range("threads", count, 1, 1024)
+    check_range("threads", count, 1, MAX_THREADS)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -31,12 +31,12 @@ import torch
 from ..api import as_model
 from ..core.cache import LIMIT
 from ..core.model import Model
-from ..errors import RetourError, check_range
+from ..errors import RetourError, check_range, check_seed
 from ..io import plain, save_json
 from ..models.load import embedded, load
 from ..record import versions
 from .cases import SuiteSpec, check_id, cut, suite_fingerprint
-from .engine import Crew, Rows, Setup, alone, torch_threads, work_off
+from .engine import MAX_THREADS, Crew, Rows, Setup, alone, torch_threads, work_off
 from .folder import CACHE, RESULTS, SUMMARY, Folder, read_plan
 from .metrics import Backbones, Convention
 from .plan import PLAIN, Run, check_grid, choose_pairs, make_runs, make_tasks, names
@@ -226,6 +226,9 @@ def describe(
     folder: Path,
 ) -> dict[str, Any]:
     """The part of a plan that says what computes; threads are those that began the folder."""
+    check_seed("seed", seed)
+    if threads is not None:
+        check_range("threads", threads, 1, MAX_THREADS)
     held = read_plan(folder) or {}
     usual = held.get("threads", torch.get_num_threads() if cluster is None else 1)
     return {

@@ -66,9 +66,9 @@ def read_picture(source: Any, *, max_pixels: int = MAX_PIXELS, max_side: int = M
     """Read a picture from whatever holds it.
 
     Args:
-        source: a path; a PIL image; a NumPy array (H, W), (H, W, 3) or (H, W, 4) of uint8, uint16
-            or floats in [0, 1]; a torch tensor (C, H, W) of 1, 3 or 4 channels, uint8 or floats in
-            [0, 1].
+        source: a path; a PIL image; a NumPy array (H, W), (H, W, 3) or (H, W, 4) of uint8, uint16,
+            bool or floats in [0, 1]; a torch tensor (C, H, W) of 1, 3 or 4 channels, uint8, bool or
+            floats in [0, 1].
         max_pixels: refuse a larger area, before anything is decoded.
         max_side: refuse a larger width or height, before anything is decoded.
 
@@ -183,6 +183,8 @@ def _decode_array(array: numpy.ndarray, label: str, limits: Limits) -> Image.Ima
 
 
 def _to_8_bit(array: numpy.ndarray, label: str) -> numpy.ndarray:
+    if array.dtype == numpy.bool_:
+        return array * numpy.uint8(255)
     if array.dtype == numpy.uint8:
         return numpy.ascontiguousarray(array)
     if array.dtype == numpy.uint16:
@@ -190,7 +192,7 @@ def _to_8_bit(array: numpy.ndarray, label: str) -> numpy.ndarray:
         return ((array.astype(numpy.uint32) + 128) // 257).astype(numpy.uint8)
     if not numpy.issubdtype(array.dtype, numpy.floating):
         raise RetourError(
-            f"{label} holds {array.dtype} values: pass uint8, uint16 or floats in [0, 1]."
+            f"{label} holds {array.dtype} values: pass uint8, uint16, bool or floats in [0, 1]."
         )
     check_finite(array, f"the pixels of {label}", "replace them by numbers in [0, 1]")
     low, high = float(array.min()), float(array.max())

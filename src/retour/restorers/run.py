@@ -259,6 +259,8 @@ def _wanted(
     if isinstance(cost, Cost):
         return cost, {}
     if cost is not None:
+        if not callable(cost):
+            raise RetourError(f"a cost is a function of pictures, not {type(cost).__name__}")
         return _OfPictures(model, cost), {}
     assert classifier is not None and label is not None
     judge = load_classifier(classifier)
@@ -273,7 +275,11 @@ class _OfPictures(Cost):
         self.model, self.cost = model, cost
 
     def __call__(self, x0: Tensor) -> Tensor:
-        return self.cost(self.model.decode(x0))
+        costs = self.cost(self.model.decode(x0))
+        if not isinstance(costs, Tensor) or costs.shape != (len(x0),):
+            found = tuple(costs.shape) if isinstance(costs, Tensor) else type(costs).__name__
+            raise RetourError(f"a cost gives a number for each of {len(x0)} pictures, not {found}")
+        return costs
 
 
 # --- Input ----------------------------------------------------------------------------------------
