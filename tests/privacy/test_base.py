@@ -137,18 +137,10 @@ def test_a_method_that_needs_its_source_beside_the_target_gets_it(monkeypatch):
             return Replay(replay.solver, State(replay.state.x), watcher, source_branch=True)
 
     alone = job.denoise(job.start + 0.1)
-    monkeypatch.setattr("retour.privacy.base.get", lambda task, name: _Maker(Needy()))
+    monkeypatch.setattr("retour.privacy.base.way_back", Needy().replay)
     beside = WayBack(job.inversion)(job.start + 0.1)
     torch.testing.assert_close(beside, alone, rtol=0, atol=1e-12)
     assert watcher.seen == [("source", "target")] * 5
-
-
-class _Maker:
-    def __init__(self, made):
-        self.made = made
-
-    def make(self, **options):
-        return self.made
 
 
 def test_an_inversion_without_a_model_is_refused():
