@@ -218,7 +218,7 @@ def test_bad_lists_are_refused(folder, tmp_path, model, name, content, message):
 def test_missing_places_are_refused(folder, jobs, tmp_path, model):
     with pytest.raises(RetourError, match="no folder"):
         run(tmp_path / "nowhere", jobs, tmp_path / "out", model)
-    with pytest.raises(RetourError, match="cannot read"):
+    with pytest.raises(RetourError, match="there is no file .*none.csv"):
         run(folder, tmp_path / "none.csv", tmp_path / "out", model)
 
 
