@@ -255,6 +255,7 @@ def test_no_picture_is_stretched(visit, size, width):
 def test_what_was_typed_for_one_method_is_not_sent_for_another(visit):
     page = visit()
     page.click("#u-options button")
+    page.wait_for_selector("[data-task=edit] [name=self_steps]")
     for field in page.locator("[data-task=edit] input").all():
         field.fill("0.123")
     choose(page, "inverter", "ddim")
@@ -263,6 +264,9 @@ def test_what_was_typed_for_one_method_is_not_sent_for_another(visit):
     assert len(asked(page)["options"]["edit"]) > 3  # The same editor's stay.
     choose(page, "editor", "masactrl")
     page.wait_for_selector("[data-task=edit][data-made=masactrl]")
+    page.wait_for_selector("[data-task=invert][data-made=direct]")
+    nothing = "JSON.stringify(JSON.parse(window.retour.gather('')[0]).options.edit) === '{}'"
+    page.wait_for_function(nothing)
     assert asked(page)["options"] == {"edit": {}, "invert": {}}
 
 
