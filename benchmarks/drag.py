@@ -50,12 +50,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import retour
+from retour import Drag
 from retour.core.model import Model
 from retour.core.progress import quiet
 from retour.data.palette import BACKGROUNDS
 from retour.data.scenes import SIZE, Form, Item, Scene, Studio
 from retour.data.sprites import load as load_sprites
-from retour.editors._drag_map import Drag
 from retour.evaluate.drag import Matcher, NetworkFeatures, Patches
 from retour.evaluate.metrics import CnnTaps, background_distance, pixels, psnr
 from retour.evaluate.stats import mean_interval, paired_difference

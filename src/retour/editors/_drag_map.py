@@ -38,7 +38,6 @@ from torch import Tensor
 
 from ..errors import RetourError
 from ._drag_tokens import to_tokens
-from ._drags import Drag as Drag  # where benchmarks look for it
 from ._drags import Mode, Pull
 
 Field = Literal["nearest", "average"]
