@@ -57,6 +57,31 @@ def short(image, folder, out, *more):
     return retour("edit", image, *given, *more)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "edit in.png --target x -o in.png",
+        "edit in.png --target x --mask mask.png -o mask.png",
+        "edit in-2.png --target x --target y -o in.png",
+        "invert a.safetensors --source x -o a.safetensors",
+        "reconstruct in.png -o folder/../in.png",
+        "vary in.png --count 1 -o link.png",
+        "drag in.png --from 1,1 --to 2,2 -o in.png",
+        "restore in.png --task sr -o in.png",
+        "attack sca in.png --label cat -o in.png",
+    ],
+)
+def test_what_is_read_is_never_overwritten(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.png").symlink_to("in.png")
+    for name in ("in.png", "in-2.png", "mask.png", "a.safetensors"):
+        (tmp_path / name).write_bytes(b"precious")
+    assert retour(*words.split()) == 2
+    assert "is what is read here: name another file" in capsys.readouterr().err
+    assert {p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == {b"precious"}
+
+
 def edit(image, folder, out, *more):
     given = ("--source", SOURCE, "--target", TARGET, "--model", folder, "--steps", 3, "-o", out)
     return retour("edit", image, *given, *more)

@@ -61,7 +61,7 @@ def edit(
     as_json: JsonOpt = False,
 ) -> None:
     """Edit a picture: invert it, and return with another prompt."""
-    outs = outputs(out, len(target))
+    outs = outputs(out, len(target), [image, mask])
     from .. import api
 
     if mask is not None:
@@ -97,7 +97,7 @@ def invert(
     as_json: JsonOpt = False,
 ) -> None:
     """Take a picture back to noise and keep the inversion for any number of edits."""
-    check_writable(out, [INVERSION_SUFFIX])
+    check_writable(out, [INVERSION_SUFFIX], [image])
     if image.suffix == INVERSION_SUFFIX:
         raise RetourError(f"'{image}' is an inversion already: give a picture")
     inversion = inversion_of(
@@ -126,7 +126,7 @@ def reconstruct(
     as_json: JsonOpt = False,
 ) -> None:
     """Invert a picture and return along the same prompt: what the round trip gives."""
-    check_writable(out, WRITABLE)
+    check_writable(out, WRITABLE, [image])
     from .. import api
 
     inversion = inversion_of(
@@ -164,7 +164,7 @@ def vary(
     as_json: JsonOpt = False,
 ) -> None:
     """Make variations of a picture: its things and colours, drawn anew (editor `rival`)."""
-    outs = outputs(out, count)
+    outs = outputs(out, count, [image, mask])
     from .. import api
 
     if mask is not None:

@@ -67,7 +67,7 @@ def attack(
     as_json: JsonOpt = False,
 ) -> None:
     """Test a classifier of yours: does it hold where the picture's meaning does?"""
-    check_writable(out, WRITABLE)
+    check_writable(out, WRITABLE, [image])
     check_source(source)
     given = {"inverter": inverter, "steps": steps, "guidance": guidance}
     options = {k: v for k, v in given.items() if v is not None} | key_values(attack_options)
@@ -160,7 +160,7 @@ def restore(
     as_json: JsonOpt = False,
 ) -> None:
     """Restore a picture that was masked, shrunk, blurred or lost its colours."""
-    check_writable(out, WRITABLE)
+    check_writable(out, WRITABLE, [image, mask])
     check_method("restore", method, restore_options)
     from ..restorers.operators import Inpaint, make_operator, operator_class
     from ..restorers.run import restore as run_restore
@@ -278,7 +278,7 @@ def drag(
     as_json: JsonOpt = False,
 ) -> None:
     """Drag points of a picture to where they shall be."""
-    check_writable(out, WRITABLE)
+    check_writable(out, WRITABLE, [image, mask])
     check_source(source)
     from ..dragging import drag as run_drag
     from ..dragging import pair_points

@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 MOST_NAMED = 4
 
 
-def outputs(out: Path, count: int) -> list[Path]:
-    """`out` itself, or `out-1`, `out-2`, ... for several targets; all checked before any work."""
+def outputs(out: Path, count: int, reads: Sequence[Path | None]) -> list[Path]:
+    """`out` itself, or `out-1`, `out-2`, ... for several targets; all checked before any work.
+
+    None of them may be a file that is read.
+    """
     many = [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(count)]
     paths = [out] if count == 1 else many
     for path in paths:
-        check_writable(path, WRITABLE)
+        check_writable(path, WRITABLE, reads)
     return paths
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,18 @@ WRITABLE = {".png": PNG, ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 RECORD_KEY = "retour"
 
 
-def check_writable(path: Pathlike, suffixes: Collection[str] | None = None) -> Path:
+def check_writable(
+    path: Pathlike,
+    suffixes: Collection[str] | None = None,
+    reads: Iterable[Pathlike | None] = (),
+) -> Path:
     """Refuse an output path that cannot be written, before any work for it starts.
 
     Args:
         path: the output path.
         suffixes: lower-case file suffixes to choose from, such as `WRITABLE` for pictures; None
             allows all.
+        reads: files that the work is made from, which it must not replace; None stands for none.
 
     Returns:
         The path with symbolic links followed, so that a link is written through, not replaced.
@@ -43,6 +48,8 @@ def check_writable(path: Pathlike, suffixes: Collection[str] | None = None) -> P
     try:
         target = given.resolve()
         _check_target(given, target)
+        if any(file is not None and Path(file).resolve() == target for file in reads):
+            raise RetourError(f"'{given}' is what is read here: name another file to write.")
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, RetourError):
             raise
