@@ -26,6 +26,7 @@ import tiny
 from evaluate import benches
 from retour.errors import RetourError
 from retour.evaluate import cluster as clusters
+from retour.evaluate.batches import batch
 from retour.evaluate.engine import Order, Setup
 from retour.evaluate.plan import Run, Task
 from retour.evaluate.runner import bench
@@ -278,10 +279,16 @@ def test_there_are_as_many_workers_as_gpus_or_as_cpus_allow():
         room(1, GPU=0.0)
 
 
-def test_a_cluster_needs_a_worker(folder, tmp_path):
-    pytest.importorskip("ray")
-    with pytest.raises(RetourError, match="workers is 0"):
-        bench(tmp_path / "out", model=folder, cluster="local", workers=0, **benches.GIVEN)
+@pytest.mark.parametrize(
+    ("cluster", "workers", "said"), [("local", 0, "workers is 0"), (None, 2, "add --cluster")]
+)
+def test_a_cluster_needs_a_worker_and_workers_a_cluster(folder, tmp_path, cluster, workers, said):
+    given = {"model": folder, "cluster": cluster, "workers": workers}
+    with pytest.raises(RetourError, match=said):
+        bench(tmp_path / "out", **given, **benches.GIVEN)
+    with pytest.raises(RetourError, match=said):
+        batch(tmp_path, tmp_path / "jobs.csv", tmp_path / "out", **given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_worker_is_told_can_travel():

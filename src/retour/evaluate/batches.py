@@ -26,7 +26,7 @@ from .engine import Rows, Setup, torch_threads, work_off
 from .folder import CACHE, RESULTS, Folder
 from .jobs import JobSpec, read_jobs, run_key
 from .plan import MAX_GUIDANCE, MAX_STEPS, Task
-from .runner import BATCH, crew, describe, load_model, source_of, typed
+from .runner import BATCH, check_workers, crew, describe, load_model, source_of, typed
 from .scores import Meter
 from .work import Piece
 
@@ -98,6 +98,7 @@ def batch(
     Raises:
         RetourError: for anything that cannot be run, before any work; lines are named.
     """
+    check_workers(cluster, workers)
     if steps is not None:
         check_range("steps", steps, 1, MAX_STEPS)
     if guidance is not None:

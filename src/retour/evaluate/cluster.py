@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import RetourError, check_range
+from ..errors import RetourError
 from .cases import Case
 from .engine import Crew, Order, Setup, torch_threads
 from .plan import Task
@@ -59,8 +59,6 @@ def cluster(setup: Setup, address: str = LOCAL, workers: int | None = None) -> C
         RetourError: Ray is not installed, or there is no cluster at that address.
     """
     ray = need_ray()
-    if workers is not None:
-        check_range("workers", workers, 1)
 
     def work(orders: Sequence[Order]) -> Iterator[Piece]:
         with connected(address):

@@ -160,6 +160,7 @@ def bench(
     Raises:
         RetourError: for anything that cannot be run, before any work.
     """
+    check_workers(cluster, workers)
     chosen = choose_pairs(inverters, editors, pairs)
     counts = [steps] if isinstance(steps, int) else list(steps)
     check_grid(counts, guidance)
@@ -258,6 +259,18 @@ def source_of(model: str | Model) -> str:
 def typed() -> str:
     """The command line of this process, for the plan."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def check_workers(cluster: str | None, workers: int | None) -> None:
+    """Refuse workers without a cluster, and a cluster without workers."""
+    if workers is None:
+        return
+    if cluster is None:
+        raise RetourError(
+            f"workers is {workers}, and they are a cluster's: add --cluster (in Python "
+            "cluster='local'), or leave them out"
+        )
+    check_range("workers", workers, 1)
 
 
 def crew(setup: Setup, model: Model, address: str | None, workers: int | None) -> Crew:
