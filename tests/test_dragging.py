@@ -69,7 +69,7 @@ def test_rounds_are_read():
         ("1,1>40,1", {}, "40,1 lies outside"),
         ("1,1>4,4", {"mode": "move"}, "give a mask"),
         ("1,1>4,4", {"mask": [mask(0, 0, 8, 8)] * 2}, "2 masks for 1 rounds"),
-        ("1,1>4,4", {"editor": "p2p"}, "unknown option of 'p2p'"),
+        ("1,1>4,4", {"editor": "p2p"}, "'p2p' drags no points: use lazydrag"),
         ("1,1>4,4*2", {}, "only mode 'move'"),
     ],
 )

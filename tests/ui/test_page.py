@@ -229,12 +229,26 @@ def test_what_is_dropped_is_taken_or_refused_but_never_gone_to(visit):
     assert drop(page, "given.setData('text/uri-list', 'https://example.com/a.png')")
     page.wait_for_selector("#u-note >> text=save the picture, then drop its file")
     assert not drop(page, "given.setData('text/plain', 'some words')")
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), "teal").save(buffer, "PNG")
-    bytes_ = list(buffer.getvalue())
+    bytes_ = list(picture_file()["buffer"])
     assert drop(page, f"given.items.add(new File([new Uint8Array({bytes_})], 'teal.png'))")
     page.wait_for_selector("#u-source img[alt='teal.png']")
     page.wait_for_selector("#u-note .r-notice", state="detached")
+
+
+def picture_file(size=(64, 64)):
+    """What a file chooser is given."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "teal").save(buffer, "PNG")
+    return {"name": "x.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+
+
+def test_a_picture_may_come_before_the_page_is_whole(visit):
+    page = visit()
+    page.evaluate("document.querySelector('#u-take').id = 'u-later'")
+    page.set_input_files("#r-file", picture_file())
+    page.wait_for_timeout(300)
+    page.evaluate("document.querySelector('#u-later').id = 'u-take'")
+    page.wait_for_selector("#u-source canvas")
 
 
 @pytest.mark.parametrize("width", [1440, 700, 390])
@@ -242,10 +256,7 @@ def test_what_is_dropped_is_taken_or_refused_but_never_gone_to(visit):
 def test_no_picture_is_stretched(visit, size, width):
     page = visit()
     page.set_viewport_size({"width": width, "height": 900})
-    buffer = io.BytesIO()
-    Image.new("RGB", size, "teal").save(buffer, "PNG")
-    file = {"name": "x.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
-    page.set_input_files("#r-file", file)
+    page.set_input_files("#r-file", picture_file(size))
     page.wait_for_selector("#u-source canvas")
     shown = page.locator("#u-source .r-frame img").bounding_box()
     assert shown["width"] / shown["height"] == pytest.approx(size[0] / size[1], rel=0.03)

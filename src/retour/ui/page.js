@@ -11,7 +11,14 @@
 
   function send(button, text) {
     pending = text;
-    find(`#${button}`).click();
+    press(button, 200);
+  }
+
+  // The button may still be on its way when the page has only just come.
+  function press(button, tries) {
+    const there = find(`#${button}`);
+    if (there) there.click();
+    else if (tries) setTimeout(() => press(button, tries - 1), 50);
   }
 
   // --- Files ---
