@@ -244,6 +244,7 @@ def picture_file(size=(64, 64)):
 
 def test_a_picture_may_come_before_the_page_is_whole(visit):
     page = visit()
+    page.wait_for_selector("#u-take", state="attached")
     page.evaluate("document.querySelector('#u-take').id = 'u-later'")
     page.set_input_files("#r-file", picture_file())
     page.wait_for_timeout(300)
